@@ -3,7 +3,7 @@
 Modules are imported inside the commands, so that `iapo --help` imports neither torch nor pandas.
 """
 
-import os
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -19,28 +19,154 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ConfigPath = Annotated[Path, typer.Argument(metavar="[CONFIG]", help="the run's YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.learning_rate=1e-4")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="discard what was made before and make it again")]
+
+DEFAULT_CONFIG = Path("iapo.yaml")
+PIPELINE, CLOSED_FORM = "The pipeline", "The closed form, no model needed"
+
+
+@app.command(rich_help_panel=PIPELINE)
+def demo(out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"), restart: Restart = False):
+    """Run the whole pipeline on the bundled model; ends with the path of report.html."""
+    from iapo.start import demo_config
+
+    _run_all(demo_config(out), restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write iapo.yaml in")]):
+    """Write a commented iapo.yaml to start from."""
+    from iapo.start import write_config
+
+    path = write_config(folder)
+    print(f"{path}\nEdit it, then: cd {folder} && iapo run")
+
+
+@app.command(rich_help_panel=PIPELINE)
+def run(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Run every stage that is not done yet; safe to repeat."""
+    _run_all(_load(config, overrides), restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def prompts(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Read prompts, drop duplicates, hold some out."""
+    _run_one("prompts", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def sample(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Sample reference responses to every prompt."""
+    _run_one("sample", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def score(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Score every response with the reward model or function."""
+    _run_one("score", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def calibrate(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Turn rewards into quantiles among the reference responses."""
+    _run_one("calibrate", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def train(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Fit a LoRA adapter to the closed form (reference log-probs first, if they are not there)."""
+    loaded = _load(config, overrides)
+    from iapo.pipeline import run_stage
+
+    run_stage("ref_logprobs", loaded)
+    _run_one("train", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def evaluate(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Measure win rates and KL of every policy on held-out prompts."""
+    _run_one("evaluate", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def report(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
+    """Write report.html."""
+    _run_one("report", config, overrides, restart)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def status(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None):
+    """Show each stage: done, stale (and why), partial (rows of rows), to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from iapo.pipeline import status as stages
+
+    table = Table("stage", "state", "", box=None, pad_edge=False)
+    colors = {"done": "green", "stale": "red", "partial": "yellow", "to do": "dim"}
+    for name, state, detail in stages(_load(config, overrides)):
+        table.add_row(name, f"[{colors[state]}]{state}[/]", detail)
+    Console().print(table)
+
+
+def _load(path: Path, overrides: list[str] | None):
+    from iapo.config import load_config
+
+    return load_config(path, tuple(overrides or ()))
+
+
+def _run_one(name: str, path: Path, overrides: list[str] | None, restart: bool) -> None:
+    from iapo.pipeline import run_stage
+
+    config = _load(path, overrides)
+    if not run_stage(name, config, restart=restart):
+        print(f"{name}: done before; --restart makes it again")
+
+
+def _run_all(config, restart: bool) -> None:
+    from iapo.pipeline import run_all
+    from iapo.progress import console
+
+    def announce(stage: str, done: bool) -> None:
+        console.print(f"[bold]{stage}[/]" + (" [dim]done before[/]" if done else ""))
+
+    run_all(config, restart=restart, announce=announce)
+    print(config.run / "report.html")
+
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failure, 2 a user's mistake, 130 Ctrl-C; a traceback with --debug."""
+    from click.exceptions import Abort, ClickException, Exit
+
     from iapo.errors import UserError
 
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("iapo").setLevel(logging.INFO)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    code, message = 0, ""
     try:
-        app(arguments)
-    except KeyboardInterrupt:
+        code = app(arguments, standalone_mode=False) or 0
+    except (KeyboardInterrupt, Abort):
         code, message = 130, "interrupted; what was computed is kept, run the same command again to go on"
+    except Exit as stop:
+        code = stop.exit_code
+    except ClickException as error:
+        error.show()
+        code = error.exit_code
     except UserError as error:
         code, message = 2, str(error)
     except Exception as error:  # the last resort: one line for a person, the traceback on request
-        code, message = 1, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    else:
-        return
-    if debug:
-        traceback.print_exc()
-    print(f"iapo: {message}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+        code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if message:
+        if debug:
+            traceback.print_exc()
+        print(f"iapo: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg}); expected one object a line") from None
             if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected an object such as {{\"prompt\": ...}}")
+                raise UserError(f'{path}, line {number}: expected an object such as {{"prompt": ...}}')
             yield record
 
 

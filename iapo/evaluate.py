@@ -1,0 +1,245 @@
+"""Stage `evaluate`: how often each policy beats the reference under each procedure, at what KL, on held-out prompts.
+
+Reads   prompts.parquet, responses/*.parquet, rewards/*.parquet, quantiles.parquet, adapter/
+Writes  evaluation/samples.parquet, one row a response
+            policy             string, prompt_id string, sample_id int32   (key)
+            response           string
+            finish_reason      string
+            n_tokens           int32
+            log_ratio          float64   Δ = log π(y|x) − log π_ref(y|x) in nats
+            reward             float64   of the judge, or of the reward it was trained on
+            calibrated_reward  float64   its place among the reference samples, by the same reward
+        evaluation/metrics.json   `policies`, a list with a record for each policy and procedure; see `metrics`
+        evaluation/parts/         the same samples by policy and shard, before they are scored
+"""
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from iapo.calibrate import Floats, ks_distance, place, spread_ranks
+from iapo.closed_form import optimal_win_rate
+from iapo.config import Config, RewardConfig
+from iapo.errors import UserError
+from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
+from iapo.procedures import Procedure, parse_procedure
+from iapo.sample import fits, prompt_shards, response_rows
+from iapo.score import open_reward
+from iapo.shards import Worker, run_shards, shard_seed
+from iapo.store import Manifest, read_table, write_json, write_table
+
+log = logging.getLogger(__name__)
+
+BASE, TRAINED = "base", "trained"
+PARTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_id", pa.int32()),
+        ("response", pa.string()),
+        ("finish_reason", pa.string()),
+        ("n_tokens", pa.int32()),
+        ("log_ratio", pa.float64()),
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        ("policy", pa.string()),
+        *PARTS,
+        ("reward", pa.float64()),
+        ("calibrated_reward", pa.float64()),
+    ]
+)
+
+
+def run(config: Config, manifest: Manifest) -> None:
+    """Sample every policy on the held-out prompts, score the samples, and write the metrics."""
+    prompts = held_out_prompts(config)
+    samples = config.evaluate.samples_per_prompt
+    parts = []
+    for policy, adapter in policies(config).items():
+        rows = {name: len(part) * samples for name, part in prompt_shards(prompts, config.sample.shard_size).items()}
+        shards = run_shards(
+            config.run / "evaluation" / "parts" / policy,
+            rows,
+            partial(_open_worker, config, policy, adapter),
+            label=f"evaluating {policy}",
+            workers=config.workers,
+        )
+        parts.append(pa.concat_tables(read_table(shard) for shard in shards).to_pandas().assign(policy=policy))
+    table = pd.concat(parts, ignore_index=True)
+    reference, table["reward"] = score(config, prompts, table)
+    table["calibrated_reward"] = calibrated_rewards(table, reference)
+    outputs = [config.run / "evaluation" / "samples.parquet", config.run / "evaluation" / "metrics.json"]
+    write_table(outputs[0], pa.Table.from_pandas(table, schema=SAMPLES, preserve_index=False))
+    write_json(outputs[1], metrics(config, table, reference))
+    manifest.finish(outputs, rows=len(table))
+
+
+def policies(config: Config) -> dict[str, Path | None]:
+    """Name and adapter of each policy: the base, the trained one, and those that the configuration names."""
+    if taken := {BASE, TRAINED} & set(config.evaluate.adapters):
+        raise UserError(f"evaluate.adapters: the name {taken.pop()} is taken; choose another")
+    return {BASE: None, TRAINED: config.run / "adapter", **config.evaluate.adapters}
+
+
+def procedures(config: Config) -> list[tuple[Procedure, Procedure]]:
+    """Each procedure measured with its opponent: the objective's own first, then the others against themselves."""
+    objective = parse_procedure(config.objective.procedure)
+    opponent = parse_procedure(config.objective.opponent) if config.objective.opponent else objective
+    others = [parse_procedure(text) for text in config.evaluate.procedures]
+    return list(dict.fromkeys([(objective, opponent), *((other, other) for other in others)]))
+
+
+def held_out_prompts(config: Config) -> list[dict[str, Any]]:
+    """Rows of the held-out prompts that were sampled from, in the order of prompts.parquet."""
+    sampled = set(read_table(config.run / "quantiles.parquet")["prompt_id"].to_pylist())
+    rows = read_table(config.run / "prompts.parquet").to_pylist()
+    return [row for row in rows if row["split"] == "holdout" and row["prompt_id"] in sampled]
+
+
+def score(config: Config, prompts: list[dict[str, Any]], table: pd.DataFrame) -> tuple[dict[str, Floats], Floats]:
+    """Sorted rewards of the stored reference samples by prompt, and the reward of every row of the table."""
+    by_id = {row["prompt_id"]: row for row in prompts}
+    judge = config.evaluate.judge
+    measure = _measure(judge or config.reward, by_id)
+    if judge is None:
+        quantiles = read_table(config.run / "quantiles.parquet").to_pylist()
+        reference = {row["prompt_id"]: np.array(row["rewards"]) for row in quantiles if row["prompt_id"] in by_id}
+    else:
+        responses = read_table(config.run / "responses").select(["prompt_id", "response", "source"]).to_pandas()
+        responses = responses[(responses["source"] == "reference") & responses["prompt_id"].isin(by_id.keys())]
+        responses = responses.assign(reward=measure(responses))
+        reference = {str(name): np.sort(group.to_numpy()) for name, group in responses.groupby("prompt_id")["reward"]}
+    return reference, measure(table)
+
+
+def calibrated_rewards(table: pd.DataFrame, reference: dict[str, Floats]) -> Floats:
+    """C(x, y) of every row among the stored reference samples of its prompt."""
+    values = np.empty(len(table))
+    for prompt_id, rows in table.groupby("prompt_id").indices.items():
+        rewards = table["reward"].to_numpy()[rows]
+        values[rows] = place(reference[str(prompt_id)], rewards, among=False).calibrated
+    return values
+
+
+def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -> dict[str, Any]:
+    """The content of metrics.json.
+
+    `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
+    the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
+    closed_form_win_rate (the optimum of equation (4) at the measured KL), kl_efficiency = (win_rate − ½) /
+    (closed_form_win_rate − ½), null where the KL is not above its error. `uniformity`: KS distance of fresh base
+    samples from the uniform distribution that calibration promises.
+    """
+    records = []
+    for policy, rows in table.groupby("policy", sort=False):
+        ratios = rows.groupby("prompt_id")["log_ratio"].mean().to_numpy()
+        kl = mean_over_prompts(ratios, config.seed)
+        for procedure, opponent in procedures(config):
+            record = {
+                "name": policy,
+                "procedure": str(procedure),
+                "opponent": str(opponent),
+                "prompts": len(ratios),
+                "samples_per_prompt": config.evaluate.samples_per_prompt,
+                "kl": kl.value,
+                "kl_se": kl.se,
+            }
+            win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
+            optimum = optimal_win_rate(procedure, opponent, kl.value) if kl.value > max(2 * kl.se, 1e-4) else None
+            records.append(
+                record
+                | {
+                    "win_rate": win.value,
+                    "win_rate_low": win.low,
+                    "win_rate_high": win.high,
+                    "closed_form_win_rate": optimum,
+                    "kl_efficiency": None if optimum is None else (win.value - 0.5) / (optimum - 0.5),
+                }
+            )
+    return {"policies": records, "uniformity": {"base_ks_distance": base_ks_distance(table, reference, config.seed)}}
+
+
+def prompt_win_rates(
+    rows: pd.DataFrame, reference: dict[str, Floats], procedure: Procedure, opponent: Procedure
+) -> Floats:
+    """Win rate of one policy's rows against the reference for each prompt [P]: an unbiased U-statistic."""
+    values = []
+    for prompt_id, group in rows.groupby("prompt_id"):
+        mine, theirs = group["reward"].to_numpy(), reference[str(prompt_id)]
+        weights = order_weights(procedure, len(mine)), order_weights(opponent, len(theirs))
+        values.append(prompt_win_rate(mine, theirs, *weights))
+    return np.array(values)
+
+
+def base_ks_distance(table: pd.DataFrame, reference: dict[str, Floats], seed: int) -> float:
+    """KS distance from uniform of fresh samples of the base among the stored ones: is the reference still the same?"""
+    generator = np.random.default_rng(seed)
+    base = table[table["policy"] == BASE]
+    places = [
+        spread_ranks(reference[str(prompt_id)], rewards.to_numpy(), generator)
+        for prompt_id, rewards in base.groupby("prompt_id")["reward"]
+    ]
+    return ks_distance(np.concatenate(places))
+
+
+def _measure(config: RewardConfig, prompts: dict[str, dict[str, Any]]) -> Any:
+    reward = open_reward(config)
+
+    def measure(table: pd.DataFrame) -> Floats:
+        found = [prompts[prompt_id] for prompt_id in table["prompt_id"]]
+        metadata = [json.loads(row["metadata"]) for row in found]
+        return np.array(reward([row["prompt"] for row in found], table["response"].tolist(), metadata))
+
+    return measure
+
+
+def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
+    from iapo.engines.transformers import open_engine
+    from iapo.logprobs import logprobs_of
+    from iapo.models import context_length, end_token_ids, load_policy, load_tokenizer, prompt_token_ids
+
+    tokenizer = load_tokenizer(config.model)
+    model = load_policy(config.model, adapter)
+    engine = open_engine(
+        model,
+        end_ids=end_token_ids(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=config.sample.max_new_tokens,
+        temperature=config.sample.temperature,
+        batch_size=config.sample.batch_size,
+    )
+    measure = partial(
+        logprobs_of,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=config.train.micro_batch_size,
+        temperature=config.sample.temperature,
+    )
+    shards = prompt_shards(held_out_prompts(config), config.sample.shard_size)
+
+    def make(name: str) -> pa.Table:
+        tokens = {row["prompt_id"]: prompt_token_ids(tokenizer, row["prompt"]) for row in shards[name]}
+        tokens = {prompt_id: ids for prompt_id, ids in tokens.items() if fits(ids, config, context_length(model))}
+        seed = shard_seed(config.seed, f"evaluate/{policy}/{name}")
+        rows = response_rows(engine, tokenizer, tokens, config.evaluate.samples_per_prompt, seed)
+        prompts, responses = [tokens[row["prompt_id"]] for row in rows], [row["token_ids"] for row in rows]
+        if adapter is None:
+            ratios = [0.0] * len(rows)
+        else:
+            own = measure(model, prompts, responses)
+            with model.disable_adapter():
+                reference = measure(model, prompts, responses)
+            ratios = [one - other for one, other in zip(own, reference, strict=True)]
+        made = [
+            row | {"n_tokens": len(row["token_ids"]), "log_ratio": ratio}
+            for row, ratio in zip(rows, ratios, strict=True)
+        ]
+        return pa.Table.from_pylist(made, schema=PARTS)
+
+    return make

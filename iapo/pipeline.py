@@ -1,0 +1,204 @@
+"""The order of the stages, what each depends on, and how one or all of them are run."""
+
+import importlib
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iapo.config import BUNDLED, Config, RewardConfig
+from iapo.errors import UserError
+from iapo.store import Manifest, content_id, count_rows, fingerprint, read_manifest, write_text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the module `iapo.NAME` has its `run(config, manifest)`.
+
+    inputs: the stages whose outputs it reads. outputs: files and folders it makes, below the run folder.
+    settings: the part of the configuration that decides its result.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    made_of: Callable[[Config], dict[str, str]] = lambda config: {}
+    """fingerprints of files from outside the run, by name"""
+
+
+def _dump(section: Any, *leave_out: str) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=set(leave_out))
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "prompts",
+            (),
+            ("prompts.parquet", "given.parquet"),
+            lambda config: {"prompts": _dump(config.prompts), "seed": config.seed},
+            lambda config: _source_files(config),
+        ),
+        Stage(
+            "sample",
+            ("prompts",),
+            ("responses",),
+            lambda config: {"model": _dump(config.model), "sample": _dump(config.sample), "seed": config.seed},
+        ),
+        Stage(
+            "score",
+            ("prompts", "sample"),
+            ("rewards",),
+            lambda config: {"reward": _dump(config.reward, "batch_size")},
+            lambda config: _reward_files(config.reward),
+        ),
+        Stage(
+            "calibrate",
+            ("prompts", "sample", "score"),
+            ("quantiles.parquet", "calibrated.parquet"),
+            lambda config: {"seed": config.seed},
+        ),
+        Stage(
+            "ref_logprobs",
+            ("prompts", "sample"),
+            ("ref_logprobs",),
+            lambda config: {"model": _dump(config.model), "sample": {"temperature": config.sample.temperature}},
+        ),
+        Stage(
+            "train",
+            ("prompts", "sample", "calibrate", "ref_logprobs"),
+            ("adapter", "checkpoints"),
+            lambda config: {
+                "model": _dump(config.model),
+                "objective": _dump(config.objective),
+                "train": _dump(config.train),
+                "seed": config.seed,
+            },
+        ),
+        Stage(
+            "evaluate",
+            ("prompts", "sample", "score", "calibrate", "train"),
+            ("evaluation",),
+            lambda config: {
+                "model": _dump(config.model),
+                "sample": {"max_new_tokens": config.sample.max_new_tokens, "temperature": config.sample.temperature},
+                "reward": _dump(config.reward, "batch_size"),
+                "procedure": config.objective.procedure,
+                "opponent": config.objective.opponent,
+                "evaluate": _dump(config.evaluate),
+                "seed": config.seed,
+            },
+            lambda config: _adapter_files(config),
+        ),
+        Stage("report", ("calibrate", "train", "evaluate"), ("report.html",), lambda config: {}),
+    )
+}
+
+
+def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
+    """Run one stage unless it is done; returns whether there was anything to do.
+
+    UserError where a stage it needs is not done, or where what is stored was made from something else and restart is
+    not set. Restarting discards what the stage made.
+    """
+    stage = STAGES[name]
+    for needed in stage.inputs:
+        state = manifest_of(needed, config).state()
+        if state != "done":
+            raise UserError(f"{name} needs {needed}, which is {state}; run `iapo {needed}` or `iapo run` first")
+    if restart:
+        discard(name, config)
+    manifest = manifest_of(name, config)
+    manifest.start()
+    if manifest.state() == "done":
+        return False
+    write_text(config.run / "config.json", config.model_dump_json(indent=2) + "\n")
+    importlib.import_module(f"iapo.{name}").run(config, manifest)
+    return True
+
+
+def run_all(config: Config, *, restart: bool = False, announce: Callable[[str, bool], None]) -> None:
+    """Run every stage that is not done, in order; `announce(stage, done before)` is called before each."""
+    for name in STAGES:
+        announce(name, not restart and manifest_of(name, config).state() == "done")
+        run_stage(name, config, restart=restart)
+
+
+def discard(name: str, config: Config) -> None:
+    """Remove what a stage made and the record that it was made."""
+    manifest_of(name, config).discard()
+    for output in STAGES[name].outputs:
+        path = config.run / output
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def manifest_of(name: str, config: Config) -> Manifest:
+    """The record of a stage, as it would be for this configuration and for what its inputs are now."""
+    stage = STAGES[name]
+    inputs = {needed: _outputs_id(config.run, needed) for needed in stage.inputs}
+    return Manifest(config.run, name, {"settings": stage.settings(config), "inputs": inputs | stage.made_of(config)})
+
+
+def status(config: Config) -> list[tuple[str, str, str]]:
+    """Name, state and a detail of every stage: rows done, or why it is stale."""
+    found = []
+    for name, stage in STAGES.items():
+        manifest = manifest_of(name, config)
+        state = manifest.state()
+        rows = count_rows(config.run / stage.outputs[0]) if state == "partial" else None
+        record = read_manifest(config.run, name) or {}
+        match state:
+            case "stale":
+                detail = "; ".join(manifest.differences())
+            case "partial":
+                detail = f"{rows:,} of {_expected_rows(name, config):,} rows" if rows else "begun"
+            case "done":
+                detail = f"{record['rows']:,} rows" if "rows" in record else ""
+            case _:
+                detail = ""
+        found.append((name, state, detail))
+    return found
+
+
+def _expected_rows(name: str, config: Config) -> int:
+    prompts = count_rows(config.run / "prompts.parquet")
+    return prompts * config.sample.samples_per_prompt if name == "sample" else count_rows(config.run / "responses")
+
+
+def _outputs_id(run: Path, stage: str) -> str:
+    """One identifier of all that a finished stage made; equal content has an equal one."""
+    record = read_manifest(run, stage)
+    return content_id(record["outputs"]) if record else "not done"
+
+
+def _source_files(config: Config) -> dict[str, str]:
+    from iapo.prompts import BUNDLED_PROMPTS
+
+    path = BUNDLED_PROMPTS if config.prompts.source == BUNDLED else Path(config.prompts.source)
+    return {"prompts.source": fingerprint(path)} if path.exists() else {}
+
+
+def _reward_files(config: RewardConfig) -> dict[str, str]:
+    if config.function is None:
+        return {}
+    module = config.function.partition(":")[0]
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    return {"reward.function": fingerprint(Path(found.origin))} if found and found.origin else {}
+
+
+def _adapter_files(config: Config) -> dict[str, str]:
+    adapters = config.evaluate.adapters
+    return {f"evaluate.adapters.{name}": fingerprint(path) for name, path in adapters.items() if path.is_dir()}

@@ -1,0 +1,23 @@
+"""What a new user starts from: the demo's configuration and a commented one of their own."""
+
+from pathlib import Path
+
+from iapo.config import Config, load_config
+from iapo.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def demo_config(out: Path) -> Config:
+    """The demo: the bundled model, reward and prompts, stored in `out`."""
+    return load_config(TEMPLATES / "demo.yaml", (f"run={out}",))
+
+
+def write_config(folder: Path) -> Path:
+    """Write iapo.yaml into a folder, made if need be; UserError where there is one already."""
+    path = folder / "iapo.yaml"
+    if path.exists():
+        raise UserError(f"{path} is there already; edit it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text((TEMPLATES / "iapo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return path

@@ -1,0 +1,275 @@
+"""Stage `train`: fit a LoRA adapter on the quantized base to the closed form, equation (3).
+
+Reads   prompts.parquet, responses/*.parquet, calibrated.parquet, ref_logprobs/*.parquet
+Writes  adapter/               a PEFT adapter
+        adapter/log.json       a list of what was logged: step, loss, and on held-out prompts
+            eval_loss                mean (Δ − log f)² in nats²
+            eval_explained_variance  1 − Σ (Δ − log f)² / Σ (log f)²: 1 is perfect, below 0 worse than no training
+            eval_log_ratio_1..5      mean Δ by fifth of calibrated reward; eval_target_1..5 the closed form's
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from iapo import objectives
+from iapo.config import Config, TrainConfig
+from iapo.errors import StageError, UserError
+from iapo.logprobs import Batch, make_batch, response_logprobs
+from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids
+from iapo.progress import console, progress
+from iapo.store import Manifest, read_table, write_json
+from iapo.targets import solve_objective, target_table
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+HELD_OUT_RESPONSES = 1024
+"""At most this many held-out responses are measured each time, evenly spaced: the error of the mean is 3 %."""
+FIFTHS = 5
+COMPLETE = "complete"
+"""An empty file of this name, written after everything else, marks a checkpoint that can be resumed from."""
+
+
+def run(config: Config, manifest: Manifest) -> None:
+    """Train from the newest complete checkpoint, or from the start; the manifest says whether training did harm."""
+    form = solve_objective(config.objective)
+    table = target_table(config, form)
+    tokenizer = load_tokenizer(config.model)
+    rows = training_rows(config, table, tokenizer)
+    training = [row for row in rows if row["split"] == "train"]
+    held_out = spread([row for row in rows if row["split"] == "holdout"], HELD_OUT_RESPONSES)
+    if not training or not held_out:
+        raise UserError(
+            f"train: {len(training)} training and {len(held_out)} held-out responses with rewards that differ; "
+            "expected some of both: give more prompts or another reward"
+        )
+    set_seed(config.seed)
+    policy = add_adapter(load_base(config.model), config.train)
+    folder = config.run / "checkpoints"
+    trainer = PolicyTrainer(
+        model=policy,
+        args=training_arguments(config, folder, len(training)),
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=Collator(tokenizer.pad_token_id),
+        compute_metrics=held_out_metrics,
+        temperature=config.sample.temperature,
+    )
+    with progress("training, optimizer steps", total=_steps(trainer)) as advance:
+        trainer.add_callback(_Report(advance))
+        trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+    final = trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return
+    harm = final["eval_explained_variance"] < 0
+    if not np.isfinite(final["eval_loss"]):
+        raise StageError("train: the held-out loss is not finite; lower train.learning_rate and run it with --restart")
+    if harm:
+        log.warning(
+            "train: the held-out squared error %.3g exceeds %.3g, that of log-ratio 0: this training does harm; "
+            "lower train.learning_rate (%g) or give more responses, then `iapo train --restart`",
+            final["eval_loss"],
+            final["eval_loss_of_zero"],
+            config.train.learning_rate,
+        )
+    adapter = config.run / "adapter"
+    policy.save_pretrained(adapter)
+    write_json(adapter / "log.json", [*trainer.state.log_history])
+    manifest.finish(
+        [adapter],
+        responses=len(training),
+        prompts=len({row["prompt_id"] for row in training}),
+        does_harm=bool(harm),
+        held_out={key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")},
+        closed_form={"beta": form.beta, "kl": form.kl, "win_rate": form.win_rate},
+        model_revision=model_revision(policy),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def training_rows(config: Config, table: pd.DataFrame, tokenizer: Any) -> list[Row]:
+    """Rows for the trainer: prompt_ids, response_ids, ref_logprob, target, calibrated_reward, split, prompt_id."""
+    prompts = read_table(config.run / "prompts.parquet").to_pylist()
+    wanted = set(table["prompt_id"])
+    tokens = {p["prompt_id"]: prompt_token_ids(tokenizer, p["prompt"]) for p in prompts if p["prompt_id"] in wanted}
+    return [
+        {
+            "prompt_id": row.prompt_id,
+            "split": row.split,
+            "prompt_ids": tokens[row.prompt_id],
+            "response_ids": row.token_ids.tolist(),
+            "ref_logprob": row.ref_logprob,
+            "target": row.target,
+            "calibrated_reward": row.calibrated_reward,
+            "length": len(tokens[row.prompt_id]) + len(row.token_ids),
+        }
+        for row in table.itertuples()
+    ]
+
+
+def spread(rows: list[Row], most: int) -> list[Row]:
+    """At most so many rows, evenly spaced."""
+    return [rows[int(index)] for index in np.linspace(0, len(rows) - 1, min(most, len(rows)))]
+
+
+def add_adapter(base: Any, config: TrainConfig) -> Any:
+    """The base with a new LoRA adapter on every linear layer; it starts as the reference (B = 0) and has no dropout."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, lora)
+
+
+class Collator:
+    """Rows to one right-padded batch, as the keyword arguments of `PolicyTrainer.compute_loss`."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        batch = make_batch([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], self.pad_id)
+        columns = {
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+            for name in ("ref_logprob", "target", "calibrated_reward")
+        }
+        return vars(batch) | columns
+
+
+class PolicyTrainer(Trainer):
+    """transformers.Trainer with the objective in place of a model's own loss; all else is as users know it."""
+
+    def __init__(self, *, temperature: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.temperature = temperature
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over responses; Trainer averages micro-batches
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], inputs["first"])
+        log_ratio = response_logprobs(model, batch, self.temperature) - inputs["ref_logprob"]
+        loss = objectives.pointwise(log_ratio, inputs["target"])
+        return (loss, {"log_ratio": log_ratio}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            inputs = self._prepare_inputs(inputs)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs["log_ratio"], torch.stack([inputs["target"], inputs["calibrated_reward"]], dim=-1)
+
+
+def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Explained variance of Δ against its target, and both by fifth of the calibrated reward."""
+    log_ratio = np.asarray(prediction.predictions, dtype=np.float64)
+    target, calibrated = np.asarray(prediction.label_ids, dtype=np.float64).T
+    error, zero = np.mean((log_ratio - target) ** 2), np.mean(target**2)
+    metrics = {"loss": error, "loss_of_zero": zero, "explained_variance": 1 - error / zero}
+    fifth = np.minimum((calibrated * FIFTHS).astype(int), FIFTHS - 1)
+    for number in range(FIFTHS):
+        if (inside := fifth == number).any():
+            metrics[f"log_ratio_{number + 1}"] = log_ratio[inside].mean()
+            metrics[f"target_{number + 1}"] = target[inside].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def training_arguments(config: Config, folder: Path, responses: int) -> TrainingArguments:
+    """The Trainer's settings; UserError where the batch sizes do not divide."""
+    train = config.train
+    devices = PartialState().num_processes
+    micro = min(train.micro_batch_size, train.batch_size)
+    if train.batch_size % (micro * devices):
+        raise UserError(
+            f"train.batch_size {train.batch_size} is not a multiple of train.micro_batch_size {micro} "
+            f"times {devices} devices; change one of them"
+        )
+    steps = max(1, int(train.epochs * responses / train.batch_size))
+    every = max(1, steps // train.evaluations)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=train.batch_size // (micro * devices),
+        num_train_epochs=train.epochs,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_grad_norm=1.0,
+        seed=config.seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        label_names=["target"],
+        report_to="none",
+        disable_tqdm=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=max(1, steps // 50),
+        gradient_checkpointing=train.gradient_checkpointing and torch.cuda.is_available(),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def _steps(trainer: Trainer) -> int:
+    arguments = trainer.args
+    batches = len(trainer.get_train_dataloader())
+    return int(arguments.num_train_epochs * max(1, -(-batches // arguments.gradient_accumulation_steps)))
+
+
+class _Report(TrainerCallback):
+    """Advances the progress bar, prints held-out measurements and marks checkpoints as complete."""
+
+    def __init__(self, advance: Any) -> None:
+        self.advance = advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.advance(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
+        if state.is_world_process_zero:
+            console.print(
+                f"  step {state.global_step}: held-out squared error {metrics['eval_loss']:.3f} "
+                f"(log-ratio 0: {metrics['eval_loss_of_zero']:.3f}), "
+                f"explained variance {metrics['eval_explained_variance']:.1%}",
+                highlight=False,
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def read_log(adapter: Path) -> list[dict[str, float]]:
+    """What training logged, in order."""
+    return json.loads((adapter / "log.json").read_text())
