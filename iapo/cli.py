@@ -113,6 +113,31 @@ def status(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None):
     Console().print(table)
 
 
+@app.command(rich_help_panel=PIPELINE)
+def estimate(
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+    card: Annotated[str, typer.Option(help="rtx-3060, rtx-4060-ti, rtx-3090, rtx-4090 or h100")] = "rtx-4090",
+):
+    """Estimate GPU memory and time of each stage before anything is downloaded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from iapo.errors import UserError
+    from iapo.estimate import CARDS
+    from iapo.estimate import estimate as needs
+
+    if card not in CARDS:
+        raise UserError(f"--card {card}: expected one of {', '.join(CARDS)}")
+    table = Table("stage", "GPU memory", "time", "", box=None, pad_edge=False)
+    for need in needs(_load(config, overrides), CARDS[card]):
+        fits = need.memory <= CARDS[card].memory
+        note = "" if fits else f"[red]more than the {CARDS[card].memory / 1e9:.0f} GB of {card}"
+        table.add_row(need.stage, f"{need.memory / 1e9:.1f} GB", f"{need.seconds / 60:,.0f} min", note)
+    Console().print(table)
+    print("estimated from the model's configuration, not measured")
+
+
 def _load(path: Path, overrides: list[str] | None):
     from iapo.config import load_config
 

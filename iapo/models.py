@@ -35,7 +35,7 @@ def compute_dtype(name: str) -> torch.dtype:
 def load_base(config: ModelConfig) -> Any:
     """The base model, quantized as configured, frozen, in evaluation mode, on this process's device."""
     arguments = _arguments(config.quantization, config.dtype, config.revision, config.trust_remote_code)
-    model = _load(AutoModelForCausalLM, _resolve(config.base, "reference"), "model.base", **arguments)
+    model = _load(AutoModelForCausalLM, resolve(config.base, "reference"), "model.base", **arguments)
     return model.requires_grad_(False).eval()
 
 
@@ -53,7 +53,7 @@ def load_policy(config: ModelConfig, adapter: Path | None) -> Any:
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The base's tokenizer; its padding token is set (padding is always masked) and its chat template if configured."""
-    name = _resolve(config.base, "reference")
+    name = resolve(config.base, "reference")
     tokenizer = _load(
         AutoTokenizer, name, "model.base", revision=config.revision, trust_remote_code=config.trust_remote_code
     )
@@ -71,7 +71,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 def load_reward(config: RewardConfig) -> tuple[Any, Any]:
     """A sequence classifier with one output, in evaluation mode, and its own tokenizer."""
     assert config.model is not None
-    name = _resolve(config.model, "reward")
+    name = resolve(config.model, "reward")
     trust = {"trust_remote_code": config.trust_remote_code}
     arguments = _arguments(config.quantization, config.dtype, config.revision, config.trust_remote_code)
     model = _load(AutoModelForSequenceClassification, name, "reward.model", **arguments).requires_grad_(False).eval()
@@ -127,7 +127,8 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _resolve(name: str, part: str) -> str:
+def resolve(name: str, part: str) -> str:
+    """The folder of a bundled model, or the name as it is."""
     return str(BUNDLED_FOLDER / part) if name == BUNDLED else name
 
 
