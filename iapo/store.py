@@ -12,9 +12,10 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,24 +27,28 @@ PACKAGES = ("iapo", "torch", "transformers", "peft", "bitsandbytes", "datasets",
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file under a temporary name, flush it to disk and rename it: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with _written_whole(path) as file:
         pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to disk and rename it: whole or not at all."""
+    with _written_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk is not filled further with halves
 
 
 def write_json(path: Path, data: Any) -> None:

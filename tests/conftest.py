@@ -1,11 +1,17 @@
 """What tests share: tiny models and tokenizers made on the spot, and a run of the demo made once."""
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from iapo.cli import main
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
@@ -65,3 +71,60 @@ def tiny_reward(tmp_path_factory) -> Path:
     LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command ended with."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def iapo(capsys, monkeypatch) -> Callable[..., Outcome]:
+    """Calls the command line in this process: iapo("sample", path) -> its exit code and output."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["iapo", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        written = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), written.out, written.err)
+
+    return call
+
+
+def tiny_settings(run: Path, base: Path, **changes: dict) -> dict:
+    """Settings of a whole run on a tiny model in seconds, with sections or parts of them replaced."""
+    questions = [f"{word} {number}" for word in ("add", "count", "name", "say") for number in range(1, 6)]
+    source = run.parent / f"{run.name}-prompts.txt"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("\n".join(questions) + "\n")
+    settings: dict = {
+        "run": str(run),
+        "model": {"base": str(base)},
+        "prompts": {"source": str(source), "holdout": 6},
+        "sample": {"samples_per_prompt": 16, "max_new_tokens": 6, "shard_size": 5},
+        "reward": {"function": "tiny_rewards:average_byte"},
+        "objective": {"procedure": "best_of(4)", "target_kl": 0.5},
+        "train": {"lora_rank": 4, "learning_rate": 1e-3, "batch_size": 16, "micro_batch_size": 8, "evaluations": 3},
+        "evaluate": {"samples_per_prompt": 16, "procedures": ["sample"]},
+    }
+    for section, values in changes.items():
+        settings[section] = settings[section] | values if section in settings else values
+    return settings
+
+
+@pytest.fixture
+def tiny_run(tmp_path, tiny_model) -> Callable[..., Path]:
+    """Writes the YAML file of a tiny run in tmp_path/run: tiny_run(sample={...}) -> its path."""
+
+    def write(name: str = "run", **changes: dict) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tiny_settings(tmp_path / name, tiny_model, **changes)))
+        return path
+
+    return write
