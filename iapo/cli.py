@@ -6,6 +6,7 @@ Modules are imported inside the commands, so that `iapo --help` imports neither 
 import logging
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -171,6 +172,7 @@ def main() -> None:
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("iapo").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     code, message = 0, ""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from iapo.errors import UserError
-from iapo.procedures import BestOf, Kth, Mixture, Procedure, Sample, WorstOf
+from iapo.procedures import BestOf, Kth, Procedure, Sample, WorstOf
 
 Floats = npt.NDArray[np.float64]
 
@@ -22,6 +22,16 @@ class Estimate:
     se: float
     low: float
     high: float
+
+
+def draws(procedure: Procedure) -> int | None:
+    """How many samples a procedure draws; None where that is not a fixed number."""
+    match procedure:
+        case Sample():
+            return 1
+        case BestOf(n=n) | WorstOf(n=n) | Kth(n=n):
+            return n
+    return None
 
 
 def order_weights(procedure: Procedure, samples: int) -> Floats:
@@ -40,10 +50,6 @@ def order_weights(procedure: Procedure, samples: int) -> Floats:
             return _kth_weights(1, n, samples, procedure)
         case Kth(k=k, n=n):
             return _kth_weights(k, n, samples, procedure)
-        case Mixture():
-            return sum(
-                (weight * order_weights(part, samples) for weight, part in procedure.parts), start=np.zeros(samples)
-            )
     return np.diff(procedure.cdf(np.linspace(0, 1, samples + 1)))
 
 

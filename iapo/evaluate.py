@@ -28,7 +28,7 @@ from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
 from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
-from iapo.procedures import Procedure, parse_procedure
+from iapo.procedures import Procedure, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
 from iapo.score import open_reward
 from iapo.shards import Worker, run_shards, shard_seed
@@ -173,8 +173,12 @@ def prompt_win_rates(
     values = []
     for prompt_id, group in rows.groupby("prompt_id"):
         mine, theirs = group["reward"].to_numpy(), reference[str(prompt_id)]
-        weights = order_weights(procedure, len(mine)), order_weights(opponent, len(theirs))
-        values.append(prompt_win_rate(mine, theirs, *weights))
+        values.append(
+            sum(
+                weight * prompt_win_rate(mine, theirs, order_weights(a, len(mine)), order_weights(b, len(theirs)))
+                for weight, a, b in pairings(procedure, opponent)
+            )
+        )
     return np.array(values)
 
 

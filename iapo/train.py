@@ -11,7 +11,8 @@ Writes  adapter/               a PEFT adapter
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from iapo import objectives
 from iapo.config import Config, TrainConfig
@@ -29,6 +32,7 @@ from iapo.errors import StageError, UserError
 from iapo.logprobs import Batch, make_batch, response_logprobs
 from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids
 from iapo.progress import console, progress
+from iapo.shards import shard_seed
 from iapo.store import Manifest, read_table, write_json
 from iapo.targets import solve_objective, target_table
 
@@ -58,18 +62,21 @@ def run(config: Config, manifest: Manifest) -> None:
         )
     set_seed(config.seed)
     policy = add_adapter(load_base(config.model), config.train)
+    if config.train.gradient_checkpointing and torch.cuda.is_available():
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     folder = config.run / "checkpoints"
     trainer = PolicyTrainer(
         model=policy,
         args=training_arguments(config, folder, len(training)),
-        train_dataset=training,
-        eval_dataset=held_out,
+        train_dataset=Dataset.from_list(training),
+        eval_dataset=Dataset.from_list(held_out),
         data_collator=Collator(tokenizer.pad_token_id),
         compute_metrics=held_out_metrics,
         temperature=config.sample.temperature,
     )
-    with progress("training, optimizer steps", total=_steps(trainer)) as advance:
-        trainer.add_callback(_Report(advance))
+    trainer.remove_callback(PrinterCallback)
+    with ExitStack() as stack:
+        trainer.add_callback(_Report(stack))
         trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     final = trainer.evaluate()
     if not trainer.is_world_process_zero():
@@ -152,6 +159,30 @@ class Collator:
         return vars(batch) | columns
 
 
+class BatchesByLength(Sampler[int]):
+    """Every row once, in a random order, and by length within each optimizer step.
+
+    Micro-batches then need little padding, yet every step sees a random sample of responses. Grouping by length
+    across steps, as Trainer does, biases each step where reward goes with length (measured: docs/log.md).
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, so that a resumed epoch has the order that it had."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(shard_seed(self.seed, f"epoch {self.epoch}"))
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=self.lengths.__getitem__)
+
+
 class PolicyTrainer(Trainer):
     """transformers.Trainer with the objective in place of a model's own loss; all else is as users know it."""
 
@@ -159,6 +190,10 @@ class PolicyTrainer(Trainer):
         super().__init__(**arguments)
         self.temperature = temperature
         self.model_accepts_loss_kwargs = False  # the loss is a mean over responses; Trainer averages micro-batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> BatchesByLength:
+        responses = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return BatchesByLength((train_dataset or self.train_dataset)["length"], responses, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -214,7 +249,6 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         warmup_steps=0.05,
         max_grad_norm=1.0,
         seed=config.seed,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         label_names=["target"],
         report_to="none",
@@ -225,8 +259,6 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
-        gradient_checkpointing=train.gradient_checkpointing and torch.cuda.is_available(),
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -238,31 +270,30 @@ def newest_checkpoint(folder: Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def _steps(trainer: Trainer) -> int:
-    arguments = trainer.args
-    batches = len(trainer.get_train_dataloader())
-    return int(arguments.num_train_epochs * max(1, -(-batches // arguments.gradient_accumulation_steps)))
-
-
 class _Report(TrainerCallback):
     """Advances the progress bar, prints held-out measurements and marks checkpoints as complete."""
 
-    def __init__(self, advance: Any) -> None:
-        self.advance = advance
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.advance(state.global_step)
+        if state.is_world_process_zero:
+            bar = progress("training, optimizer steps", total=state.max_steps, done=state.global_step)
+            self.advance = self.stack.enter_context(bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.advance(1)
+        if state.is_world_process_zero:
+            self.advance(1)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        metrics = rest["metrics"]
         if state.is_world_process_zero:
             console.print(
                 f"  step {state.global_step}: held-out squared error {metrics['eval_loss']:.3f} "
                 f"(log-ratio 0: {metrics['eval_loss_of_zero']:.3f}), "
                 f"explained variance {metrics['eval_explained_variance']:.1%}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
