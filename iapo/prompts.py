@@ -206,8 +206,17 @@ def _response_text(value: Any) -> str:
 
 def _records(config: PromptsConfig) -> Iterator[dict[str, Any]]:
     path = BUNDLED_PROMPTS if config.source == BUNDLED else Path(config.source)
-    kind = (path.suffixes[-2:-1] if path.suffix == ".gz" else [path.suffix])[-1:]
     if path.is_file():
+        yield from _file_records(path)
+    elif any(path.suffix == suffix for suffix in (".jsonl", ".csv", ".parquet", ".txt", ".gz")):
+        raise UserError(f"prompts.source {path}: no such file")
+    else:
+        yield from _dataset(config)
+
+
+def _file_records(path: Path) -> Iterator[dict[str, Any]]:
+    kind = (path.suffixes[-2:-1] if path.suffix == ".gz" else [path.suffix])[-1:]
+    try:
         match kind:
             case [".txt"]:
                 yield from ({"prompt": line.rstrip("\n")} for line in _open(path) if line.strip())
@@ -224,10 +233,11 @@ def _records(config: PromptsConfig) -> Iterator[dict[str, Any]]:
                 yield from pq.read_table(path).to_pylist()
             case _:
                 raise UserError(f"prompts.source {path}: expected .jsonl, .csv, .parquet or .txt (also with .gz)")
-    elif any(path.suffix == suffix for suffix in (".jsonl", ".csv", ".parquet", ".txt", ".gz")):
-        raise UserError(f"prompts.source {path}: no such file")
-    else:
-        yield from _dataset(config)
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # what gzip, UTF-8, pandas and pyarrow make of a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"prompts.source {path}: cannot be read ({type(error).__name__}: {reason})") from error
 
 
 def _open(path: Path) -> Any:
