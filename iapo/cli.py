@@ -15,7 +15,6 @@ import typer
 app = typer.Typer(
     name="iapo",
     help="Inference-aware preference optimization: fine-tune a language model for the way it will be used.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -166,7 +165,7 @@ def _run_all(config, restart: bool) -> None:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failure, 2 a user's mistake, 130 Ctrl-C; a traceback with --debug."""
-    from click.exceptions import Abort, ClickException, Exit
+    from typer.exceptions import Abort, Exit, TyperException
 
     from iapo.errors import UserError
 
@@ -177,14 +176,13 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     code, message = 0, ""
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(arguments or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, Abort):
         code, message = 130, "interrupted; what was computed is kept, run the same command again to go on"
     except Exit as stop:
         code = stop.exit_code
-    except ClickException as error:
-        error.show()
-        code = error.exit_code
+    except TyperException as error:  # an unknown command or option
+        code, message = 2, f"{error.format_message().rstrip('.')}; `iapo --help` lists what there is"
     except UserError as error:
         code, message = 2, str(error)
     except Exception as error:  # the last resort: one line for a person, the traceback on request
