@@ -175,21 +175,25 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     code, message = 0, ""
+    failure: BaseException | None = None
     try:
         code = app(arguments or ["--help"], standalone_mode=False) or 0
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, Abort) as stop:
+        failure = stop
         code, message = 130, "interrupted; what was computed is kept, run the same command again to go on"
     except Exit as stop:
         code = stop.exit_code
     except TyperException as error:  # an unknown command or option
         code, message = 2, f"{error.format_message().rstrip('.')}; `iapo --help` lists what there is"
     except UserError as error:
+        failure = error
         code, message = 2, str(error)
     except Exception as error:  # the last resort: one line for a person, the traceback on request
+        failure = error
         code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
     if message:
-        if debug:
-            traceback.print_exc()
+        if debug and failure is not None:
+            traceback.print_exception(failure)
         print(f"iapo: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -1,0 +1,102 @@
+"""Log-probabilities of responses against one sequence at a time, token by token, in float64 and without padding."""
+
+import pytest
+import torch
+from conftest import make_tokenizer, tiny_config
+from transformers import LlamaForCausalLM
+
+from iapo.logprobs import logprobs_of, make_batch, response_logprobs, token_logprobs
+from iapo.models import prompt_token_ids
+from iapo.store import read_table
+
+TOLERANCE = 1e-4
+PROMPTS = [[10, 11, 12, 13], [20], [30, 31], [3] * 20, [7, 8]]
+RESPONSES = [[5, 6, 1], [1], [9, 9, 9, 9, 9, 9], [12, 0, 13, 1], [0, 0, 2]]  # 0 is the padding token: also a token
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(vocab_size=40)).eval()
+
+
+@torch.inference_mode()
+def slow_logprob(model, prompt: list[int], response: list[int], temperature: float = 1.0) -> float:
+    total = 0.0
+    for position, token in enumerate(response):
+        ids = torch.tensor([prompt + response[:position]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1].double() / temperature
+        total += float(torch.log_softmax(logits, -1)[token])
+    return total
+
+
+def slow(model, temperature: float = 1.0) -> list[float]:
+    return [slow_logprob(model, p, r, temperature) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_equal_to_the_loop_for_every_batch_split(model, temperature, batch_size):
+    values = logprobs_of(model, PROMPTS, RESPONSES, pad_id=0, batch_size=batch_size, temperature=temperature)
+    assert values == pytest.approx(slow(model, temperature), abs=TOLERANCE)
+
+
+def test_order_and_padding_token_change_nothing(model):
+    values = logprobs_of(model, PROMPTS[::-1], RESPONSES[::-1], pad_id=17, batch_size=3)
+    assert values[::-1] == pytest.approx(slow(model), abs=TOLERANCE)
+
+
+def test_gradients_are_those_of_the_unpadded_loop(model):
+    """What training differentiates: one parameter's gradient of the sum, padded batch against single sequences."""
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    batch = make_batch(PROMPTS, RESPONSES, 0)
+    (together,) = torch.autograd.grad(response_logprobs(model, batch).sum(), weight)
+    alone = torch.zeros_like(weight)
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        picked = torch.log_softmax(logits, -1)[range(len(response)), response].sum()
+        alone += torch.autograd.grad(picked, weight)[0]
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_probabilities_of_all_short_responses_sum_to_one(model):
+    """Two tokens of 40: responses that end at once, and all that do not."""
+    responses = [[1], *([a, b] for a in range(40) if a != 1 for b in range(40))]
+    values = logprobs_of(model, [[20, 21]] * len(responses), responses, pad_id=0, batch_size=256)
+    assert torch.tensor(values).double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_sums_are_float32_for_half_precision_logits():
+    logits = torch.linspace(-3, 3, 40).repeat(1, 2, 1)
+    found = token_logprobs(logits.bfloat16(), torch.tensor([[0, 39]]))
+    exact = torch.log_softmax(logits.bfloat16().double(), -1)[0, [0, 1], [0, 39]]
+    assert found.dtype == torch.float32 and torch.allclose(found[0].double(), exact, atol=1e-5)
+
+
+def test_batch_by_hand():
+    batch = make_batch([[10, 11], [20]], [[5, 1], [6, 7, 8, 1]], 0)
+    assert batch.input_ids.tolist() == [[10, 11, 5, 1, 0], [20, 6, 7, 8, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch.response_mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
+    assert batch.first == 1
+
+
+def test_stage_stores_the_base_log_prob_of_every_sampled_response(tmp_path, tiny_run, iapo):
+    """At the temperature of sampling, for responses that ended and for those that were cut."""
+    path = tiny_run(sample={"temperature": 1.5, "samples_per_prompt": 4}, model={"quantization": "none"})
+    assert iapo("prompts", path).code == iapo("sample", path).code == 0
+    from iapo.config import load_config
+    from iapo.pipeline import run_stage
+
+    config = load_config(path)
+    assert run_stage("ref_logprobs", config)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(config.model.base).eval(), make_tokenizer()
+    prompts = {row["prompt_id"]: row["prompt"] for row in read_table(config.run / "prompts.parquet").to_pylist()}
+    responses = read_table(config.run / "responses").to_pandas()
+    frame = responses.merge(read_table(config.run / "ref_logprobs").to_pandas(), on=["prompt_id", "sample_id"])
+    assert len(frame) == len(responses) == 80 and set(frame["finish_reason"]) == {"stop", "length"}
+    some = frame.groupby("finish_reason").head(12)
+    for row in some.itertuples():
+        prompt, response = prompt_token_ids(tokenizer, prompts[row.prompt_id]), row.token_ids.tolist()
+        assert row.ref_logprob == pytest.approx(slow_logprob(model, prompt, response, 1.5), abs=TOLERANCE)
+        assert row.n_tokens == len(response)
