@@ -33,3 +33,8 @@ def known_answer(prompts, responses, metadata):
 
 
 not_a_function = 3
+
+
+def ends_early(prompts, responses):
+    """Binary, so that rewards tie."""
+    return [float(len(response) < 4) for response in responses]
