@@ -22,7 +22,7 @@ import pyarrow as pa
 from iapo.config import Config
 from iapo.errors import UserError
 from iapo.estimators import draws
-from iapo.procedures import pairings, parse_procedure
+from iapo.procedures import parse_procedure
 from iapo.store import Manifest, read_table, write_table
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def run(config: Config, manifest: Manifest) -> None:
     samples = int(quantiles["n"].min())
     if samples < 2:
         raise UserError("calibrate: a prompt has fewer than 2 reference rewards; sample more with `iapo sample`")
-    needed = 4 * max((draws(part) or 0 for _, *sides in pairings(procedure) for part in sides), default=0)
+    needed = 4 * (draws(procedure) or 0)
     if samples < needed:
         log.warning(
             "calibrate: %d samples a prompt cannot resolve %s; sample.samples_per_prompt: %d would",

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from iapo.errors import UserError
-from iapo.procedures import BestOf, Kth, Procedure, Sample, WorstOf
+from iapo.procedures import BestOf, Kth, Mixture, Procedure, Sample, WorstOf
 
 Floats = npt.NDArray[np.float64]
 
@@ -25,12 +25,14 @@ class Estimate:
 
 
 def draws(procedure: Procedure) -> int | None:
-    """How many samples a procedure draws; None where that is not a fixed number."""
+    """How many samples a procedure draws (the most, for a mixture); None where that is not a fixed number."""
     match procedure:
         case Sample():
             return 1
         case BestOf(n=n) | WorstOf(n=n) | Kth(n=n):
             return n
+        case Mixture(parts=parts):
+            return max((draws(part) or 0 for _, part in parts), default=0) or None
     return None
 
 

@@ -193,7 +193,8 @@ class PolicyTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BatchesByLength:
         responses = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return BatchesByLength((train_dataset or self.train_dataset)["length"], responses, self.args.seed)
+        rows: Any = train_dataset or self.train_dataset
+        return BatchesByLength(rows["length"], responses, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
