@@ -1,0 +1,265 @@
+"""The closed form (arXiv 2412.19792): the density f of the calibrated reward under the trained policy, its KL and win rate.
+
+The calibrated reward is uniform under the reference, whatever prompt, model and reward, so that the solution of the
+KL-regularized problem is one density on [0, 1]:
+
+    f(u) = exp(Phi(u) / beta) / Z                                           (1)
+    KL = integral of f log f                                                (2)
+    W = 1 - integral of h_a(F(u)) h_b'(u) du                                (4)
+
+with procedure a for the policy and b for its opponent, the reference. Everything is in nats.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.interpolate import CubicHermiteSpline
+from scipy.optimize import brentq
+from scipy.special import logsumexp
+
+from iapo import optimum as optima
+from iapo.densities import Density, cells, log_integral
+from iapo.errors import UserError
+from iapo.procedures import Pairing, Procedure, as_procedure, pairings
+from iapo.quadrature import INTEGRALS, nodes, weights
+from iapo.transforms import AnyTransform, FirstOrder, Optimal, Transform, as_transform
+
+Floats = NDArray[np.float64]
+Function = Callable[[ArrayLike], Floats]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The density of the calibrated reward under the policy trained with a transform at a KL.
+
+    beta, kl (nats) and win_rate belong together; log_partition is log Z of (1), with Phi(0) = 0 for the transforms that
+    are defined by Phi' (optimal and first_order). All methods take arrays of u in [0, 1] and return their shape.
+    """
+
+    procedure: Procedure
+    opponent: Procedure
+    transform: AnyTransform
+    beta: float
+    kl: float
+    win_rate: float
+    log_partition: float
+    _density: Density = field(repr=False, compare=False)
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        """log f(u): the target of the log-ratio of a response with calibrated reward u, (3)."""
+        return self._density.log_f(np.asarray(u, float))
+
+    def density(self, u: ArrayLike) -> Floats:
+        """f(u)."""
+        return np.exp(self.log_density(u))
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        """F(u)."""
+        return self._density.cdf(u)
+
+    def log_mean_density(self, low: ArrayLike, high: ArrayLike) -> Floats:
+        """The log of the mean of f over [low, high]: the target of a response known to lie between the two.
+
+        Over a partition of [0, 1] the means, weighted by width, sum to 1. Where low = high it is the log density.
+        """
+        return self._density.log_mean(low, high)
+
+    def transform_values(self, u: ArrayLike) -> Floats:
+        """Phi(u)."""
+        return self.beta * (self.log_density(u) + self.log_partition)
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Win rate against KL: `kls` (nats) increasing, and `win_rates[transform]`, each of the same shape."""
+
+    procedure: Procedure
+    opponent: Procedure
+    kls: Floats
+    win_rates: dict[str, Floats]
+
+
+def solve(
+    procedure: str | Procedure,
+    opponent: str | Procedure | None = None,
+    transform: str | AnyTransform = "optimal",
+    *,
+    beta: float | None = None,
+    target_kl: float | None = None,
+) -> ClosedForm:
+    """The closed form for a procedure, an opponent (by default the same procedure) and a transform.
+
+    Exactly one of `target_kl` (nats) and `beta` fixes how far the policy may go. Raises UserError when it cannot.
+    """
+    policy = as_procedure(procedure)
+    against = policy if opponent is None else as_procedure(opponent)
+    phi = as_transform(transform)
+    given = {"beta": beta, "target_kl": target_kl}
+    if sum(value is not None for value in given.values()) != 1:
+        raise UserError(f"{given} given; exactly one of target_kl (nats) and beta expected")
+    for name, value in given.items():
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise UserError(f"{name} = {value} given, a finite number above 0 expected")
+    return _solve(policy, against, phi, beta, target_kl)
+
+
+def optimal_transform(
+    procedure: str | Procedure,
+    opponent: str | Procedure | None = None,
+    *,
+    beta: float | None = None,
+    target_kl: float | None = None,
+) -> ClosedForm:
+    """The optimum of (4): `solve` with the transform "optimal"."""
+    return solve(procedure, opponent, beta=beta, target_kl=target_kl)
+
+
+def optimal_win_rate(procedure: str | Procedure, opponent: str | Procedure | None, kl: float) -> float:
+    """The largest win rate (4) that any policy reaches at this KL (nats); at a KL of 0 or less, that of the reference."""
+    policy = as_procedure(procedure)
+    against = policy if opponent is None else as_procedure(opponent)
+    if kl <= 0:
+        return win_rate_of_cdf(lambda u: u, policy, against)
+    return solve(policy, against, target_kl=float(kl)).win_rate
+
+
+def frontier(
+    procedure: str | Procedure,
+    opponent: str | Procedure | None = None,
+    transforms: Sequence[str | AnyTransform] = ("optimal", "identity"),
+    kls: ArrayLike | None = None,
+) -> Frontier:
+    """Win rate against KL for several transforms; by default at 25 KLs from 0.001 to 5 nats."""
+    policy = as_procedure(procedure)
+    against = policy if opponent is None else as_procedure(opponent)
+    grid = np.geomspace(1e-3, 5, 25) if kls is None else np.unique(np.asarray(kls, float))
+    rates = {str(form): _win_rates(policy, against, form, grid) for form in map(as_transform, transforms)}
+    return Frontier(policy, against, grid, rates)
+
+
+def _win_rates(procedure: Procedure, opponent: Procedure, transform: AnyTransform, kls: Floats) -> Floats:
+    """The win rates of a transform at increasing KLs."""
+    if isinstance(transform, Optimal):
+        pairs = pairings(procedure, opponent)
+        return np.array([optima.win_rate(pairs, best) for best in optima.along(pairs, [float(kl) for kl in kls])])
+    return np.array([solve(procedure, opponent, transform, target_kl=float(kl)).win_rate for kl in kls])
+
+
+def win_rate_of_cdf(
+    cdf: Function, procedure: str | Procedure, opponent: str | Procedure | None = None, corners: ArrayLike = ()
+) -> float:
+    """(4) for any policy, given the CDF of its calibrated reward; `corners` are the u where the CDF is not smooth."""
+    policy = as_procedure(procedure)
+    pairs = pairings(policy, policy if opponent is None else as_procedure(opponent))
+    edges = cells(lambda u: np.zeros_like(u), np.asarray(corners, float))
+    u = nodes(edges)
+    return float(1 - np.sum(weights(edges) * _loss(pairs, cdf(u), u)))
+
+
+@lru_cache(maxsize=1024)
+def _solve(
+    procedure: Procedure, opponent: Procedure, transform: AnyTransform, beta: float | None, target_kl: float | None
+) -> ClosedForm:
+    pairs = pairings(procedure, opponent)
+    if isinstance(transform, Optimal):
+        best = optima.at_beta(pairs, beta) if beta is not None else optima.at_kl(pairs, float(target_kl or 0))
+        density = _density_of(pairs, best)
+        return ClosedForm(
+            procedure,
+            opponent,
+            transform,
+            beta=float(np.exp(best.log_beta)) if beta is None else beta,
+            kl=best.kl,
+            win_rate=optima.win_rate(pairs, best),
+            log_partition=-float(best.state[0, 1]),
+            _density=density,
+        )
+    phi = _first_order(pairs) if isinstance(transform, FirstOrder) else transform
+    scale = beta if beta is not None else _beta_at(phi, str(transform), float(target_kl or 0))
+    density, log_partition, kl, cdf, u = _given(phi, scale)
+    return ClosedForm(
+        procedure,
+        opponent,
+        transform,
+        beta=scale,
+        kl=kl,
+        win_rate=float(1 - np.sum(weights(density.edges) * _loss(pairs, cdf, u))),
+        log_partition=log_partition,
+        _density=density,
+    )
+
+
+def _loss(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
+    """The integrand of (4): sum of weight h_a(F(u)) h_b'(u)."""
+    cdf = np.clip(cdf, 0, 1)
+    return np.asarray(sum(weight * a.cdf(cdf) * b.density(u) for weight, a, b in pairs))
+
+
+def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
+    """The density of an optimum as a function of u: a cubic spline of log f with the slopes of (5)."""
+    u, cdf, log_f = optimum.points()
+    slope = optimum.slopes(pairs)
+    u[0], u[-1], cdf[0], cdf[-1] = 0, 1, 0, 1
+    distinct = np.append(np.diff(u) > 0, True)
+    distinct[-1 - np.argmax(np.append(np.diff(u)[::-1] > 0, True))] = True
+    u, cdf, log_f, slope = u[distinct], cdf[distinct], log_f[distinct], slope[distinct]
+    spline = CubicHermiteSpline(u, log_f, slope)
+    log_mass = np.where(
+        np.diff(u) > 1e-12, log_integral(spline, u[:-1], u[1:]), np.log(np.maximum(np.diff(cdf), 1e-300))
+    )
+    return Density(spline, u, log_mass - logsumexp(log_mass))
+
+
+def _first_order(pairs: tuple[Pairing, ...]) -> Function:
+    """Phi of (7), with Phi(0) = 0."""
+
+    def log_slope(u: Floats) -> Floats:
+        return optima.log_kernel(pairs, u, u)
+
+    edges = cells(log_slope, np.empty(0))
+    values = weights(edges) * np.exp(log_slope(nodes(edges)))
+    phi = np.concatenate([[0.0], np.cumsum(values.sum(axis=1))])
+    if not phi[-1] > 0:
+        raise UserError("first_order: the win rate does not change near the reference for this opponent; use optimal")
+    return CubicHermiteSpline(edges, phi, np.exp(log_slope(edges)))
+
+
+def _given(phi: Function, beta: float) -> tuple[Density, float, float, Floats, Floats]:
+    """(1) and (2) for a plain transform: the density, log Z, the KL, and F(u) at the nodes u of the density's cells."""
+    breaks = getattr(phi, "corners", np.empty(0))
+    edges = cells(lambda u: phi(u) / beta, breaks)
+    u = nodes(edges)
+    exponent = phi(u) / beta
+    log_weight = np.log(weights(edges)) + exponent
+    log_partition = float(logsumexp(log_weight))
+    mass = np.exp(log_weight - log_partition)
+    kl = float(np.sum(mass * (exponent - log_partition)))
+    density = np.exp(exponent - log_partition)
+    below = np.concatenate([[0.0], np.cumsum(mass.sum(axis=1))])[:-1, None]
+    cdf = below + np.diff(edges)[:, None] * (density @ INTEGRALS.T)
+
+    def log_f(u: Floats) -> Floats:
+        return phi(u) / beta - log_partition
+
+    return Density(log_f, edges, logsumexp(log_weight, axis=1) - log_partition), log_partition, kl, cdf, u
+
+
+def _beta_at(phi: Function, name: str, target_kl: float) -> float:
+    """The beta of a plain transform at a KL: the KL decreases with beta."""
+
+    def excess(log_beta: float) -> float:
+        return np.log(_given(phi, np.exp(log_beta))[2] / target_kl)
+
+    u = nodes(cells(lambda u: np.zeros_like(u), np.empty(0)))
+    middle = np.log(np.std(phi(u)))
+    low = high = float(middle)
+    while excess(high) > 0:
+        high += 1.5
+    while excess(low) < 0:
+        low -= 1.5
+        if low < middle - 600 or excess(low) - excess(low + 1.5) < 1e-9:
+            raise UserError(f"target_kl = {target_kl} given, more than {name} can reach; ask for less or use optimal")
+    return float(np.exp(brentq(excess, low, high, xtol=1e-13, rtol=1e-14)))

@@ -1,0 +1,329 @@
+"""The density that maximizes W - beta KL: the boundary value problem (6), solved by collocation.
+
+In t = u + F, from 0 to 2, policy and reference stand on the same footing and nothing overflows. With d = F - u and
+L = log f, (6) reads
+
+    d' = tanh(L / 2)                                d(0) = d(2) = 0
+    L' = k(F, u) / (beta (1 + e^L))                 k = sum of weight h_a'(F) h_b'(u)
+
+and KL = integral of L / (1 + e^-L) dt. Gauss collocation on panels, Newton for (d, L, log beta) together with the
+condition on the KL, and continuation from the small-KL limit (7). A fixed point iteration of (5) oscillates instead
+(best_of at small beta), and shooting loses digits at one end or the other.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_banded
+from scipy.special import expit, log_expit
+
+from iapo.errors import UserError
+from iapo.procedures import Pairing
+from iapo.quadrature import INTEGRALS, NODES, ORDER, nodes, weights
+
+Floats = NDArray[np.float64]
+
+_STEEPEST = 20.0  # log of the largest L' kept: steeper than e^20 only where f is zero to double precision
+_STEP = 1e-6  # of the central differences of k
+_RESOLUTION = 0.24  # panel size in the units of `_remesh`
+_TOLERANCE = 1e-9  # of `residual`
+_BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(np.r_[0, NODES], i)) for i, x in enumerate(np.r_[0, NODES])])
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """A stationary point of W - beta KL.
+
+    edges: (n + 1,) panel edges in t = u + F. state: (n + 1, 2) and stages: (n, ORDER, 2) hold (d, L) at the edges and at
+    the Gauss nodes.
+    """
+
+    edges: Floats
+    state: Floats
+    stages: Floats
+    log_beta: float
+
+    @property
+    def kl(self) -> float:
+        """(2), in nats."""
+        log_f = self.stages[..., 1]
+        return float(np.sum(weights(self.edges) * log_f * expit(log_f)))
+
+    def points(self) -> tuple[Floats, Floats, Floats]:
+        """u, F and L, increasing, at every edge and node and half-way between them."""
+        t = np.append(np.c_[self.edges[:-1], nodes(self.edges)].ravel(), self.edges[-1])
+        t = np.interp(np.arange(0, len(t) - 0.75, 0.5), np.arange(len(t)), t)
+        d, log_f = np.moveaxis(_interpolate(self, t), -1, 0)
+        return (t - d) / 2, (t + d) / 2, log_f
+
+    def slopes(self, pairs: tuple[Pairing, ...]) -> Floats:
+        """dL / du at the points."""
+        u, cdf, log_f = self.points()
+        return _slope(pairs, u + cdf, np.stack([cdf - u, log_f], axis=-1), self.log_beta) / expit(-log_f)
+
+
+def log_kernel(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
+    """log k, k = sum of weight h_a'(F) h_b'(u): the right-hand side of (5)."""
+    cdf, u = np.clip(cdf, 0, 1), np.clip(u, 0, 1)
+    terms = [np.log(weight) + a.log_density(cdf) + b.log_density(u) for weight, a, b in pairs]
+    return terms[0] if len(terms) == 1 else np.logaddexp.reduce(terms)
+
+
+def win_rate(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
+    """(4) for this policy."""
+    d, log_f = optimum.stages[..., 0], optimum.stages[..., 1]
+    t = nodes(optimum.edges)
+    cdf, u = np.clip((t + d) / 2, 0, 1), np.clip((t - d) / 2, 0, 1)
+    loss = sum(weight * a.cdf(cdf) * b.density(u) for weight, a, b in pairs)
+    return float(1 - np.sum(weights(optimum.edges) * expit(-log_f) * loss))
+
+
+def at_kl(pairs: tuple[Pairing, ...], kl: float) -> Optimum:
+    """The optimum at this KL, in nats."""
+    return along(pairs, [kl])[0]
+
+
+def along(pairs: tuple[Pairing, ...], kls: Sequence[float]) -> list[Optimum]:
+    """The optima at these KLs, increasing, in one pass."""
+    path = _follow(pairs, _start(pairs, kls[0]), kls)
+    return [_refine(pairs, optimum, kl=kl) or optimum for kl, optimum in path if kl in kls]
+
+
+def at_beta(pairs: tuple[Pairing, ...], beta: float) -> Optimum:
+    """The stationary point at this beta with the largest W - beta KL.
+
+    Each is a place where the path of increasing KL crosses beta. W - beta KL is at most 1 - beta KL, which ends the path.
+    """
+    log_beta = np.log(beta)
+    optimum = _start(pairs, np.inf, log_beta)
+    best, best_value = None, -np.inf
+    for kl, following in _follow(pairs, optimum):
+        if 1 - beta * kl < best_value:
+            break
+        if (optimum.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
+            crossing = _crossing(pairs, optimum, following, log_beta)
+            value = win_rate(pairs, crossing) - beta * crossing.kl
+            if value > best_value:
+                best, best_value = crossing, value
+        optimum = following
+    assert best is not None
+    return best
+
+
+def _crossing(pairs: tuple[Pairing, ...], low: Optimum, high: Optimum, log_beta: float) -> Optimum:
+    """The optimum at log_beta between two optima on either side: Newton, or else halve the interval of KLs."""
+    near, far = sorted((low, high), key=lambda optimum: abs(optimum.log_beta - log_beta))
+    found = _refine(pairs, near, log_beta=log_beta)
+    if found:
+        return found
+    middle_kl = float(np.sqrt(low.kl * high.kl))
+    middle = _refine(pairs, near, kl=middle_kl)
+    if middle is None:
+        raise UserError(f"no optimum was found near {middle_kl:.4g} nats; ask for a smaller KL or a larger beta")
+    on_the_near_side = (middle.log_beta - log_beta) * (near.log_beta - log_beta) > 0
+    return _crossing(pairs, middle, far if on_the_near_side else near, log_beta)
+
+
+def residual(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
+    """The largest defect of the two differential equations between the nodes, relative to 1 + |L'|."""
+    t = optimum.edges[:-1, None] + np.diff(optimum.edges)[:, None] * np.array([0.06, 0.5, 0.94])
+    step = 1e-3 * np.diff(optimum.edges)[:, None]
+    near = [_interpolate(optimum, t + k * step) for k in (-2, -1, 1, 2)]
+    slope = (near[0] - near[3] + 8 * (near[2] - near[1])) / (12 * step[..., None])
+    state = _interpolate(optimum, t)
+    expected = np.stack([np.tanh(state[..., 1] / 2), _slope(pairs, t, state, optimum.log_beta)], axis=-1)
+    return float(np.max(np.abs(slope - expected) / (1 + np.abs(expected))))
+
+
+def _slope(
+    pairs: tuple[Pairing, ...], t: Floats, state: Floats, log_beta: float, du: float = 0, dcdf: float = 0
+) -> Floats:
+    """L' at t, with u and F moved by du and dcdf."""
+    d, log_f = state[..., 0], state[..., 1]
+    exponent = log_kernel(pairs, (t + d) / 2 + dcdf, (t - d) / 2 + du) - log_beta + log_expit(-log_f)
+    return np.exp(np.minimum(exponent, _STEEPEST))
+
+
+def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None) -> Optimum:
+    """The small-KL limit (7): log f = (Phi - mean) / beta, at `kl`, or above `log_beta`, or less where that is not small."""
+    half = np.concatenate([[0.0], 0.5 ** np.arange(14, 0.5, -0.5), [1.0]])
+    edges = np.concatenate([half, 2 - half[-2::-1]])
+    u = nodes(edges) / 2
+    log_k = log_kernel(pairs, u, u)
+    scale = np.max(log_k)
+    at_edges, at_nodes = _cumulative(edges, np.exp(log_k - scale) / 2)
+    average = weights(edges) / 2
+    mean = np.sum(average * at_nodes)
+    spread = np.sqrt(np.sum(average * (at_nodes - mean) ** 2))
+    at_edges, at_nodes = (at_edges - mean) / spread, (at_nodes - mean) / spread
+    size = min(np.sqrt(2 * kl), 0.2 / np.max(np.abs(at_edges)))
+    if log_beta is not None:
+        size = min(size, np.exp(np.log(spread) + scale - log_beta) / 2)
+    log_f = size * at_edges, size * at_nodes
+    d = _cumulative(edges, np.tanh(log_f[1] / 2))
+    state, stages = (np.stack([d[i], log_f[i]], axis=-1) for i in range(2))
+    guess = Optimum(edges, state, stages, float(np.log(spread / size) + scale))
+    found = _newton(pairs, guess, kl=size**2 / 2)
+    assert found is not None
+    return found[0]
+
+
+def _follow(
+    pairs: tuple[Pairing, ...], optimum: Optimum, stops: Sequence[float] = ()
+) -> Iterator[tuple[float, Optimum]]:
+    """(KL, optimum) from `optimum` to the last of the increasing stops, or for ever, in steps that Newton can take."""
+    kl = optimum.kl
+    ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
+    if len(ahead) < len(stops):
+        yield stops[0], optimum
+    factor = 8.0
+    while ahead or not stops:
+        target = min(kl * factor, ahead[0]) if ahead else kl * factor
+        found = _newton(pairs, _remesh(pairs, optimum, 2 * _RESOLUTION), kl=target)
+        if found is None:
+            factor = factor**0.5
+            if factor < 1.0001:
+                raise UserError(
+                    f"no optimum was found at more than {kl:.4g} nats; ask for a smaller KL or a larger beta"
+                )
+            continue
+        optimum, iterations = found
+        kl = target
+        yield kl, optimum
+        if ahead and kl == ahead[0]:
+            ahead.pop(0)
+        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
+
+
+def _refine(
+    pairs: tuple[Pairing, ...], optimum: Optimum, kl: float | None = None, log_beta: float | None = None
+) -> Optimum | None:
+    """The same optimum at exactly the given KL or log beta, on panels halved until the equations hold between nodes."""
+    resolution = _RESOLUTION
+    for _ in range(5):
+        found = _newton(pairs, _remesh(pairs, optimum, resolution), kl, log_beta)
+        if found is None:
+            return None
+        optimum = found[0]
+        if residual(pairs, optimum) < _TOLERANCE:
+            break
+        resolution /= 2
+    return optimum
+
+
+def _newton(
+    pairs: tuple[Pairing, ...], optimum: Optimum, kl: float | None = None, log_beta: float | None = None
+) -> tuple[Optimum, int] | None:
+    """Solve the collocation equations at a KL or a log beta: the solution and its iterations, None if there is none.
+
+    In every panel the stages are linear in (d, L) of its left edge and in log beta; eliminating them leaves a banded
+    system for the edges, bordered by the condition on the KL.
+    """
+    edges, state, stages, current = optimum.edges, optimum.state, optimum.stages, optimum.log_beta
+    panels = len(edges) - 1
+    t, weight = nodes(edges), weights(edges)
+    inner = np.diff(edges)[:, None, None] * INTEGRALS
+    for iteration in range(1, 13):
+        log_f = stages[..., 1]
+        tanh, share = np.tanh(log_f / 2), expit(log_f)
+        slope = _slope(pairs, t, stages, current)
+        free = slope < 0.999 * np.exp(_STEEPEST)
+        by_cdf = _slope(pairs, t, stages, current, dcdf=_STEP) - _slope(pairs, t, stages, current, dcdf=-_STEP)
+        by_u = _slope(pairs, t, stages, current, du=_STEP) - _slope(pairs, t, stages, current, du=-_STEP)
+        derivative = np.stack([tanh, slope], axis=-1)
+        jacobian = np.zeros((panels, ORDER, 2, 2))
+        jacobian[..., 0, 1] = (1 - tanh**2) / 2
+        jacobian[..., 1, 0] = (by_cdf - by_u) / (4 * _STEP)
+        jacobian[..., 1, 1] = -slope * share * free
+        by_log_beta = np.stack([np.zeros_like(slope), -slope * free], axis=-1)
+
+        # the stages: their change is local @ (change of d, change of L, change of log beta, 1)
+        system = np.eye(2 * ORDER) - np.einsum("pij,pjab->piajb", inner, jacobian).reshape(panels, 2 * ORDER, -1)
+        right = np.zeros((panels, ORDER, 2, 4))
+        right[..., 0, 0] = right[..., 1, 1] = 1
+        right[..., 2] = inner @ by_log_beta
+        right[..., 3] = state[:-1, None] + inner @ derivative - stages
+        local = np.linalg.solve(system, right.reshape(panels, 2 * ORDER, 4)).reshape(right.shape)
+
+        # the edges: next edge - transfer @ this edge = constant + by_log_beta
+        gain = np.einsum("pi,piab,pibc->pac", weight, jacobian, local)
+        transfer = np.eye(2) + gain[..., :2]
+        constant = gain[..., 3] + np.einsum("pi,pia->pa", weight, derivative) - np.diff(state, axis=0)
+        sensitivity = gain[..., 2] + np.einsum("pi,pia->pa", weight, by_log_beta)
+        solution = _solve_edges(transfer, constant, sensitivity, -state[0, 0], -state[-1, 0])
+        at_edges, by_beta_at_edges = solution[..., 0], solution[..., 1]
+        at_stages = local[..., 3] + np.einsum("piab,pb->pia", local[..., :2], at_edges[:-1])
+        by_beta_at_stages = local[..., 2] + np.einsum("piab,pb->pia", local[..., :2], by_beta_at_edges[:-1])
+
+        if kl is None:
+            change = log_beta - current
+        else:
+            gradient = weight * share * (1 + log_f * (1 - share))
+            missing = kl - np.sum(weight * log_f * share) - np.sum(gradient * at_stages[..., 1])
+            change = missing / np.sum(gradient * by_beta_at_stages[..., 1])
+        at_stages = at_stages + change * by_beta_at_stages
+        at_edges = at_edges + change * by_beta_at_edges
+        size = max(np.max(np.abs(at_stages[..., 1]) / (1 + np.abs(log_f))), abs(change) / 2)
+        if not np.isfinite(size):
+            return None
+        damping = min(1, 1 / size)
+        state, stages, current = state + damping * at_edges, stages + damping * at_stages, current + damping * change
+        if size < 1e-9:
+            return Optimum(edges, state, stages, float(current)), iteration
+    return None
+
+
+def _solve_edges(transfer: Floats, constant: Floats, sensitivity: Floats, first: float, last: float) -> Floats:
+    """The banded system of the edges for two right-hand sides, (constant, sensitivity): shape (n + 1, 2, 2).
+
+    Row 0 sets d at t = 0, the last row d at t = 2, and rows 2p + 1, 2p + 2 cross panel p. A banded LU with pivoting is
+    stable where multiplying the transfer matrices (shooting) is not.
+    """
+    panels = len(transfer)
+    size = 2 * panels + 2
+    banded = np.zeros((5, size))  # banded[2 + row - column, column]
+    panel = 2 * np.arange(panels)
+    banded[2, 0] = 1
+    banded[3, size - 2] = 1
+    for row in range(2):
+        for column in range(2):
+            banded[3 + row - column, panel + column] = -transfer[:, row, column]
+        banded[1, panel + 2 + row] = 1
+    right = np.zeros((size, 2))
+    right[0, 0], right[-1, 0] = first, last
+    right[1:-1, 0], right[1:-1, 1] = constant.ravel(), sensitivity.ravel()
+    return solve_banded((2, 2), banded, right, check_finite=False).reshape(panels + 1, 2, 2)
+
+
+def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> Optimum:
+    """The same functions on panels of equal size: in t, in L where f > 1, in log |L| where f < 1, and in log L'."""
+    u, cdf, log_f = optimum.points()
+    t, state = u + cdf, np.stack([cdf - u, log_f], axis=-1)
+    bend = np.arcsinh(_slope(pairs, t, state, optimum.log_beta))
+    middle = (log_f[1:] + log_f[:-1]) / 2
+    rate = np.maximum(1 / np.hypot(1, middle), 0.15 * (middle > 0))
+    steps = np.diff(t) + rate * np.abs(np.diff(log_f)) + 0.5 * np.abs(np.diff(bend))
+    position = np.concatenate([[0.0], np.cumsum(steps)])
+    panels = int(np.ceil(position[-1] / resolution))
+    edges = np.interp(np.linspace(0, position[-1], panels + 1), position, t)
+    edges[0], edges[-1] = 0, 2
+    return Optimum(edges, _interpolate(optimum, edges), _interpolate(optimum, nodes(edges)), optimum.log_beta)
+
+
+def _interpolate(optimum: Optimum, t: Floats) -> Floats:
+    """(d, L) at any t, by the polynomial through a panel's left edge and its nodes: shape t.shape + (2,)."""
+    edges = optimum.edges
+    panel = np.clip(np.searchsorted(edges, t, side="right") - 1, 0, len(edges) - 2)
+    where = (t - edges[panel]) / np.diff(edges)[panel]
+    difference = where[..., None] - np.r_[0, NODES]
+    pull = _BARYCENTRIC / np.where(difference == 0, 1e-30, difference)
+    values = np.concatenate([optimum.state[:-1, None], optimum.stages], axis=1)[panel]
+    return np.einsum("...i,...ia->...a", pull, values) / np.sum(pull, axis=-1, keepdims=True)
+
+
+def _cumulative(edges: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """The integral from 0 of values at the nodes: at the edges and at the nodes."""
+    at_edges = np.concatenate([[0.0], np.cumsum(np.sum(weights(edges) * values, axis=1))])
+    return at_edges, at_edges[:-1, None] + np.diff(edges)[:, None] * (values @ INTEGRALS.T)
