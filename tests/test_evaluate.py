@@ -1,0 +1,192 @@
+"""Evaluation: metrics of a table made by hand, policies against each other on a tiny run, and what is refused."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import LlamaForCausalLM
+
+from iapo.config import load_config
+from iapo.errors import UserError
+from iapo.evaluate import base_ks_distance, calibrated_rewards, metrics, policies, procedures, prompt_win_rates
+from iapo.models import prompt_token_ids
+from iapo.procedures import parse_procedure
+from iapo.store import read_table
+
+KEYS = {
+    *("name", "procedure", "opponent", "prompts", "samples_per_prompt", "kl", "kl_se"),
+    *("win_rate", "win_rate_low", "win_rate_high", "closed_form_win_rate", "kl_efficiency"),
+}
+
+
+@pytest.fixture
+def config(tiny_run):
+    return load_config(tiny_run(evaluate={"procedures": ["sample", "worst_of(2)", "best_of(4)"]}))
+
+
+def table(rewards: dict[tuple[str, str], list[float]], ratios: dict[str, float]) -> pd.DataFrame:
+    """rewards: (policy, prompt) -> rewards of its samples; ratios: the log-ratio of every sample of a prompt."""
+    return pd.DataFrame(
+        [
+            {"policy": policy, "prompt_id": prompt, "sample_id": number, "reward": reward, "log_ratio": ratios[prompt]}
+            for (policy, prompt), values in rewards.items()
+            for number, reward in enumerate(values)
+        ]
+    )
+
+
+REFERENCE = {"a": np.array([1.0, 2.0, 3.0, 4.0]), "b": np.array([0.0, 0.0, 1.0, 5.0])}
+MADE = table(
+    {
+        ("base", "b"): [0.0, 1.0, 5.0, 0.0],
+        ("base", "a"): [4.0, 3.0, 2.0, 1.0],
+        ("trained", "b"): [6.0, 6.0, 6.0, 6.0],
+        ("trained", "a"): [1.0, 2.0, 3.0, 4.0],
+    },
+    {"a": 0.2, "b": 0.4},
+)
+
+
+def test_metrics_by_hand(config):
+    found = metrics(config, MADE, REFERENCE)["policies"]
+    assert all(record.keys() >= KEYS for record in found)
+    by_key = {(r["name"], r["procedure"]): r for r in found}
+    assert list(by_key) == [
+        (name, procedure)
+        for name in ("base", "trained")
+        for procedure in ("best_of(4)", "sample", "worst_of(2)")  # the objective's own first, and once
+    ]
+    for procedure in ("best_of(4)", "sample", "worst_of(2)"):
+        assert by_key["base", procedure]["win_rate"] == pytest.approx(0.5)  # the same samples as the reference
+        trained = by_key["trained", procedure]
+        assert trained["win_rate"] == pytest.approx((0.5 + 1) / 2)  # even on a, always better on b
+        assert (trained["kl"], trained["kl_se"]) == pytest.approx((0.3, 0.1))
+        assert trained["win_rate_low"] == pytest.approx(0.5) and trained["win_rate_high"] == pytest.approx(1)
+        gain = trained["closed_form_win_rate"] - 0.5
+        assert 0 < gain < 0.5 and trained["kl_efficiency"] == pytest.approx(0.25 / gain)
+
+
+def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
+    made = MADE.assign(log_ratio=[-0.1] * 4 + [0.12] * 4 + [-0.1] * 4 + [0.12] * 4)
+    found = metrics(config, made, REFERENCE)["policies"]
+    assert all(r["closed_form_win_rate"] is None and r["kl_efficiency"] is None for r in found)
+    json.dumps(found, allow_nan=False)
+
+
+def test_win_rates_of_prompts_do_not_mix_in_any_order_of_rows():
+    rows = MADE[MADE["policy"] == "trained"]
+    best = parse_procedure("best_of(2)")
+    for shuffled in (rows, rows.sample(frac=1, random_state=0)):
+        assert prompt_win_rates(shuffled, REFERENCE, best, best).tolist() == pytest.approx([0.5, 1.0])
+
+
+def test_win_rate_of_a_mixture_plays_the_same_procedure_on_both_sides():
+    """0.5 sample + 0.5 best_of(2): half of single draws, half of pairs, enumerated."""
+    rows = table({("trained", "b"): [0.0, 2.0, 5.0]}, {"b": 0.0})
+    mine, theirs = [0.0, 2.0, 5.0], REFERENCE["b"].tolist()
+
+    def wins(a: list[float], b: list[float]) -> float:
+        return float(np.mean([(x > y) + (x == y) / 2 for x in a for y in b]))
+
+    pairs = [max(pair) for pair in combinations(mine, 2)], [max(pair) for pair in combinations(theirs, 2)]
+    expected = (wins(mine, theirs) + wins(*pairs)) / 2
+    mixture = parse_procedure("0.5 sample + 0.5 best_of(2)")
+    assert prompt_win_rates(rows, REFERENCE, mixture, mixture).tolist() == pytest.approx([expected])
+
+
+def test_calibrated_rewards_by_hand():
+    rows = table({("trained", "b"): [0.0, 7.0], ("trained", "a"): [2.5, 1.0]}, {"a": 0.0, "b": 0.0})
+    assert calibrated_rewards(rows, REFERENCE).tolist() == [0.25, 1.0, 0.5, 0.125]
+
+
+def test_base_ks_distance_looks_at_the_base_alone():
+    generator = np.random.default_rng(0)
+    reference = {f"p{n}": np.sort(generator.normal(size=16)) for n in range(100)}
+
+    def fresh(policy: str, shift: float) -> dict:
+        return {(policy, name): (generator.normal(size=16) + shift).tolist() for name in reference}
+
+    ratios = dict.fromkeys(reference, 0.0)
+    same = table(fresh("base", 0) | fresh("trained", 2), ratios)
+    other = table(fresh("base", 0.5) | fresh("trained", 0), ratios)
+    assert base_ks_distance(same, reference, 0) < 0.06 and base_ks_distance(other, reference, 0) > 0.12
+
+
+def test_procedures_and_policies(tiny_run, tmp_path):
+    path = tiny_run(
+        objective={"procedure": "best_of(4)", "opponent": "sample", "target_kl": 0.5},
+        evaluate={"procedures": ["best_of(4)"], "adapters": {"other": "somewhere"}},
+    )
+    found = [(str(a), str(b)) for a, b in procedures(load_config(path))]
+    assert found == [("best_of(4)", "sample"), ("best_of(4)", "best_of(4)")]
+    assert list(policies(load_config(path))) == ["base", "trained", "other"]
+    with pytest.raises(UserError, match="taken"):
+        policies(load_config(path, ("evaluate.adapters.base=x",)))
+
+
+@pytest.fixture
+def trained(tiny_run, iapo):
+    def make(**changes):
+        path = tiny_run(**changes)
+        stages = ("prompts", "sample", "score", "calibrate", "train")
+        assert [iapo(stage, path).code for stage in stages] == [0] * 5
+        return path
+
+    return make
+
+
+def test_stage(trained, tiny_reward, iapo, tmp_path):
+    """Log-ratios of the policy's own samples against single sequences; a judge and another adapter take part."""
+    path = trained(train={"learning_rate": 1e-2}, model={"quantization": "none"})
+    other = tmp_path / "other"
+    (tmp_path / "run" / "adapter").rename(other)
+    assert iapo("train", path, "--restart").code == 0
+    changes = ("--set", f"evaluate.adapters.other={other}", "--set", f"evaluate.judge.model={tiny_reward}")
+    assert iapo("evaluate", path, *changes).code == 0
+
+    run = tmp_path / "run"
+    samples = read_table(run / "evaluation" / "samples.parquet").to_pandas()
+    assert samples.groupby("policy").size().to_dict() == {"base": 96, "trained": 96, "other": 96}
+    prompts = {row["prompt_id"]: row for row in read_table(run / "prompts.parquet").to_pylist()}
+    assert {prompts[name]["split"] for name in samples["prompt_id"]} == {"holdout"}
+    assert (samples.loc[samples["policy"] == "base", "log_ratio"] == 0).all()
+    assert samples.loc[samples["policy"] == "trained", "log_ratio"].abs().max() > 0.05
+    records = json.loads((run / "evaluation" / "metrics.json").read_text())["policies"]
+    assert {(r["name"], r["procedure"]) for r in records} == {
+        (name, procedure) for name in ("base", "trained", "other") for procedure in ("best_of(4)", "sample")
+    }
+    assert samples["reward"].nunique() > 200  # the judge's scale, not that of the bytes
+    assert samples["reward"].abs().max() < 40
+
+    from peft import PeftModel
+
+    base = LlamaForCausalLM.from_pretrained(load_config(path).model.base)
+    policy = PeftModel.from_pretrained(base, run / "adapter").eval()
+    parts = read_table(sorted((run / "evaluation" / "parts" / "trained").glob("*.parquet"))[0]).to_pylist()
+    for row in parts[:20]:
+        ids = make_tokenizer()(row["response"])["input_ids"] + [1] * (row["finish_reason"] == "stop")
+        if len(ids) != row["n_tokens"]:
+            continue  # bytes that are no text do not survive decoding
+        prompt = prompt_token_ids(make_tokenizer(), prompts[row["prompt_id"]]["prompt"])
+        with torch.inference_mode():
+            values = [score_alone(policy, prompt, ids)]
+            with policy.disable_adapter():
+                values.append(score_alone(policy, prompt, ids))
+        assert row["log_ratio"] == pytest.approx(values[0] - values[1], abs=1e-3)
+
+
+def score_alone(model, prompt: list[int], response: list[int]) -> float:
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+    return float(torch.log_softmax(logits, -1)[range(len(response)), response].sum())
+
+
+def test_stage_refuses_what_it_cannot_use(trained, iapo, tmp_path):
+    path = trained()
+    outcome = iapo("evaluate", path, "--set", f"evaluate.adapters.other={tmp_path / 'nowhere'}")
+    assert outcome.code == 2 and "adapter_config.json" in outcome.err
+    outcome = iapo("evaluate", path, "--restart", "--set", "evaluate.samples_per_prompt=3")
+    assert outcome.code == 2 and "best_of(4) draws 4 and there are 3 samples" in outcome.err
