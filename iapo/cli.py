@@ -138,6 +138,54 @@ def estimate(
     print("estimated from the model's configuration, not measured")
 
 
+Opponent = Annotated[str | None, typer.Option(metavar="P", help="the reference's procedure; by default the same one")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE", help="save a figure: .png, .svg or .pdf")]
+TRANSFORMS = "optimal, identity, log, first_order, exp_tilt(t) or table(values)"
+
+
+@app.command(rich_help_panel=CLOSED_FORM)
+def transform(
+    procedure: Annotated[str, typer.Argument(help="best_of(4), worst_of(4), kth(3, 5), 0.5 sample + 0.5 best_of(8)")],
+    opponent: Opponent = None,
+    transform: Annotated[str, typer.Option(metavar="T", help=TRANSFORMS)] = "optimal",
+    target_kl: Annotated[float | None, typer.Option(metavar="K", help="KL from the reference, in nats")] = None,
+    beta: Annotated[float | None, typer.Option(metavar="B", help="weight of the KL, instead of --target-kl")] = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+):
+    """Print a transform: its density, KL and win rate."""
+    from iapo.closed_form import solve
+    from iapo.tables import print_closed_form
+
+    form = solve(procedure, opponent, transform, beta=beta, target_kl=target_kl)
+    print_closed_form(form, as_json)
+    if plot:
+        from iapo.plots import save_closed_form
+
+        save_closed_form(form, plot)
+
+
+@app.command(rich_help_panel=CLOSED_FORM)
+def frontier(
+    procedure: Annotated[str, typer.Argument(help="best_of(4), worst_of(4), kth(3, 5), 0.5 sample + 0.5 best_of(8)")],
+    opponent: Opponent = None,
+    transform: Annotated[list[str] | None, typer.Option(metavar="T", help=f"{TRANSFORMS}; repeatable")] = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+):
+    """Print win rate against KL for several transforms."""
+    from iapo.closed_form import frontier as solve_frontier
+    from iapo.tables import print_frontier
+
+    found = solve_frontier(procedure, opponent, transform or ("optimal", "identity"))
+    print_frontier(found, as_json)
+    if plot:
+        from iapo.plots import save_frontier
+
+        save_frontier(found, plot)
+
+
 def _load(path: Path, overrides: list[str] | None):
     from iapo.config import load_config
 

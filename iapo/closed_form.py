@@ -1,4 +1,4 @@
-"""The closed form (arXiv 2412.19792): the density f of the calibrated reward under the trained policy, its KL and win rate.
+"""The closed form (arXiv 2412.19792): the calibrated reward's density f under the trained policy, its KL and win rate.
 
 The calibrated reward is uniform under the reference, whatever prompt, model and reward, so that the solution of the
 KL-regularized problem is one density on [0, 1]:
@@ -24,8 +24,8 @@ from iapo import optimum as optima
 from iapo.densities import Density, cells, log_integral
 from iapo.errors import UserError
 from iapo.procedures import Pairing, Procedure, as_procedure, pairings
-from iapo.quadrature import INTEGRALS, nodes, weights
-from iapo.transforms import AnyTransform, FirstOrder, Optimal, Transform, as_transform
+from iapo.quadrature import cumulative, nodes, weights
+from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 
 Floats = NDArray[np.float64]
 Function = Callable[[ArrayLike], Floats]
@@ -118,11 +118,11 @@ def optimal_transform(
 
 
 def optimal_win_rate(procedure: str | Procedure, opponent: str | Procedure | None, kl: float) -> float:
-    """The largest win rate (4) that any policy reaches at this KL (nats); at a KL of 0 or less, that of the reference."""
+    """The largest win rate (4) of any policy at this KL (nats); at a KL of 0 or less, that of the reference."""
     policy = as_procedure(procedure)
     against = policy if opponent is None else as_procedure(opponent)
     if kl <= 0:
-        return win_rate_of_cdf(lambda u: u, policy, against)
+        return win_rate_of_cdf(lambda u: np.asarray(u, float), policy, against)
     return solve(policy, against, target_kl=float(kl)).win_rate
 
 
@@ -220,11 +220,14 @@ def _first_order(pairs: tuple[Pairing, ...]) -> Function:
         return optima.log_kernel(pairs, u, u)
 
     edges = cells(log_slope, np.empty(0))
-    values = weights(edges) * np.exp(log_slope(nodes(edges)))
-    phi = np.concatenate([[0.0], np.cumsum(values.sum(axis=1))])
-    if not phi[-1] > 0:
+    edges = np.interp(np.arange(0, len(edges) - 0.875, 0.125), np.arange(len(edges)), edges)
+    at_edges, at_nodes = cumulative(edges, np.exp(log_slope(nodes(edges))))
+    if not at_edges[-1] > 0:
         raise UserError("first_order: the win rate does not change near the reference for this opponent; use optimal")
-    return CubicHermiteSpline(edges, phi, np.exp(log_slope(edges)))
+    u = np.append(np.c_[edges[:-1], nodes(edges)].ravel(), 1.0)
+    phi = np.append(np.c_[at_edges[:-1], at_nodes].ravel(), at_edges[-1])
+    distinct = np.append(np.diff(u) > 0, True)
+    return CubicHermiteSpline(u[distinct], phi[distinct], np.exp(log_slope(u[distinct])))
 
 
 def _given(phi: Function, beta: float) -> tuple[Density, float, float, Floats, Floats]:
@@ -235,11 +238,8 @@ def _given(phi: Function, beta: float) -> tuple[Density, float, float, Floats, F
     exponent = phi(u) / beta
     log_weight = np.log(weights(edges)) + exponent
     log_partition = float(logsumexp(log_weight))
-    mass = np.exp(log_weight - log_partition)
-    kl = float(np.sum(mass * (exponent - log_partition)))
-    density = np.exp(exponent - log_partition)
-    below = np.concatenate([[0.0], np.cumsum(mass.sum(axis=1))])[:-1, None]
-    cdf = below + np.diff(edges)[:, None] * (density @ INTEGRALS.T)
+    kl = float(np.sum(np.exp(log_weight - log_partition) * (exponent - log_partition)))
+    cdf = cumulative(edges, np.exp(exponent - log_partition))[1]
 
     def log_f(u: Floats) -> Floats:
         return phi(u) / beta - log_partition

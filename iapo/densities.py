@@ -41,7 +41,7 @@ class Density:
         return np.where(narrow, self.log_f((low + high) / 2), mass - np.log(safe))
 
     def _log_mass_between(self, low: Floats, high: Floats) -> Floats:
-        """The log of the mass of [low, high]: whole cells by differences of the smaller tail, the rest by quadrature."""
+        """The log of the mass of [low, high]: whole cells from the smaller tail, the rest by quadrature."""
         last = len(self.edges) - 2
         first_cell = np.clip(np.searchsorted(self.edges, low, side="right") - 1, 0, last)
         last_cell = np.clip(np.searchsorted(self.edges, high, side="left") - 1, first_cell, last)
@@ -65,7 +65,7 @@ class Density:
 
 
 def log_integral(log_f: Callable[[Floats], Floats], low: Floats, high: Floats) -> Floats:
-    """log of the integral of exp(log_f) over [low, high] by one Gauss rule; minus infinity where the interval is empty."""
+    """log of the integral of exp(log_f) over [low, high] by one Gauss rule; minus infinity where it is empty."""
     u = low[..., None] + (high - low)[..., None] * quadrature.NODES
     with np.errstate(divide="ignore"):
         width = np.log(np.maximum(high - low, 0))
@@ -75,11 +75,11 @@ def log_integral(log_f: Callable[[Floats], Floats], low: Floats, high: Floats) -
 def cells(log_f: Callable[[Floats], Floats], breaks: Floats) -> Floats:
     """Edges on [0, 1] fine enough for `log_integral` in each cell, given the breakpoints of log_f.
 
-    Cells shrink geometrically towards every breakpoint and both ends, and are halved where log f changes by more than
-    half a nat (in proportion to its depth below the maximum, where there is no mass to resolve).
+    Cells shrink geometrically towards both ends, and are halved where log f changes by more than half a nat (or by more
+    than a tenth of its depth below the maximum, where there is no mass to resolve).
     """
-    corners = np.unique(np.concatenate([[0.0, 1.0], breaks]))
-    edges = np.unique(np.concatenate([_graded(a, b) for a, b in zip(corners[:-1], corners[1:], strict=True)]))
+    half = np.concatenate([[0.0], 0.5 ** np.arange(48, 3, -1.0), np.arange(2, 9) / 16])
+    edges = np.unique(np.concatenate([half, 1 - half, breaks]))
     for _ in range(60):
         inner = log_f(quadrature.nodes(edges))
         top = np.max(inner)
@@ -90,10 +90,3 @@ def cells(log_f: Callable[[Floats], Floats], breaks: Floats) -> Floats:
             break
         edges = np.sort(np.concatenate([edges, (edges[:-1] + edges[1:])[steep] / 2]))
     return edges
-
-
-def _graded(low: float, high: float) -> Floats:
-    """Edges from low to high, sixteen in the middle and geometrically finer towards both ends."""
-    toward = np.concatenate([[0.0], 0.5 ** np.arange(48, 3, -1.0), np.arange(1, 9) / 16])
-    unit = np.concatenate([toward, 1 - toward[-2::-1]])
-    return low + (high - low) * unit

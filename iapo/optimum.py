@@ -21,7 +21,7 @@ from scipy.special import expit, log_expit
 
 from iapo.errors import UserError
 from iapo.procedures import Pairing
-from iapo.quadrature import INTEGRALS, NODES, ORDER, nodes, weights
+from iapo.quadrature import INTEGRALS, NODES, ORDER, cumulative, nodes, weights
 
 Floats = NDArray[np.float64]
 
@@ -36,8 +36,8 @@ _BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(np.r_[0, NODES], i)) for i, x
 class Optimum:
     """A stationary point of W - beta KL.
 
-    edges: (n + 1,) panel edges in t = u + F. state: (n + 1, 2) and stages: (n, ORDER, 2) hold (d, L) at the edges and at
-    the Gauss nodes.
+    edges: (n + 1,) panel edges in t = u + F. state: (n + 1, 2) and stages: (n, ORDER, 2) hold (d, L) at the edges
+    and at the Gauss nodes.
     """
 
     edges: Floats
@@ -94,7 +94,7 @@ def along(pairs: tuple[Pairing, ...], kls: Sequence[float]) -> list[Optimum]:
 def at_beta(pairs: tuple[Pairing, ...], beta: float) -> Optimum:
     """The stationary point at this beta with the largest W - beta KL.
 
-    Each is a place where the path of increasing KL crosses beta. W - beta KL is at most 1 - beta KL, which ends the path.
+    The path of increasing KL crosses beta at each of them, and ends once 1 - beta KL, a bound, is below the best.
     """
     log_beta = np.log(beta)
     optimum = _start(pairs, np.inf, log_beta)
@@ -147,13 +147,13 @@ def _slope(
 
 
 def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None) -> Optimum:
-    """The small-KL limit (7): log f = (Phi - mean) / beta, at `kl`, or above `log_beta`, or less where that is not small."""
+    """The small-KL limit (7), log f = (Phi - mean) / beta, at `kl` or above `log_beta`, or less if that is large."""
     half = np.concatenate([[0.0], 0.5 ** np.arange(14, 0.5, -0.5), [1.0]])
     edges = np.concatenate([half, 2 - half[-2::-1]])
     u = nodes(edges) / 2
     log_k = log_kernel(pairs, u, u)
     scale = np.max(log_k)
-    at_edges, at_nodes = _cumulative(edges, np.exp(log_k - scale) / 2)
+    at_edges, at_nodes = cumulative(edges, np.exp(log_k - scale) / 2)
     average = weights(edges) / 2
     mean = np.sum(average * at_nodes)
     spread = np.sqrt(np.sum(average * (at_nodes - mean) ** 2))
@@ -162,7 +162,7 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
     if log_beta is not None:
         size = min(size, np.exp(np.log(spread) + scale - log_beta) / 2)
     log_f = size * at_edges, size * at_nodes
-    d = _cumulative(edges, np.tanh(log_f[1] / 2))
+    d = cumulative(edges, np.tanh(log_f[1] / 2))
     state, stages = (np.stack([d[i], log_f[i]], axis=-1) for i in range(2))
     guess = Optimum(edges, state, stages, float(np.log(spread / size) + scale))
     found = _newton(pairs, guess, kl=size**2 / 2)
@@ -257,9 +257,9 @@ def _newton(
         at_stages = local[..., 3] + np.einsum("piab,pb->pia", local[..., :2], at_edges[:-1])
         by_beta_at_stages = local[..., 2] + np.einsum("piab,pb->pia", local[..., :2], by_beta_at_edges[:-1])
 
-        if kl is None:
+        if log_beta is not None:
             change = log_beta - current
-        else:
+        elif kl is not None:
             gradient = weight * share * (1 + log_f * (1 - share))
             missing = kl - np.sum(weight * log_f * share) - np.sum(gradient * at_stages[..., 1])
             change = missing / np.sum(gradient * by_beta_at_stages[..., 1])
@@ -321,9 +321,3 @@ def _interpolate(optimum: Optimum, t: Floats) -> Floats:
     pull = _BARYCENTRIC / np.where(difference == 0, 1e-30, difference)
     values = np.concatenate([optimum.state[:-1, None], optimum.stages], axis=1)[panel]
     return np.einsum("...i,...ia->...a", pull, values) / np.sum(pull, axis=-1, keepdims=True)
-
-
-def _cumulative(edges: Floats, values: Floats) -> tuple[Floats, Floats]:
-    """The integral from 0 of values at the nodes: at the edges and at the nodes."""
-    at_edges = np.concatenate([[0.0], np.cumsum(np.sum(weights(edges) * values, axis=1))])
-    return at_edges, at_edges[:-1, None] + np.diff(edges)[:, None] * (values @ INTEGRALS.T)

@@ -7,9 +7,9 @@ Floats = NDArray[np.float64]
 
 ORDER = 8
 _x, _w = np.polynomial.legendre.leggauss(ORDER)
-NODES: Floats = (_x + 1) / 2  # in [0, 1], shape (ORDER,)
-WEIGHTS: Floats = _w / 2
-_powers = np.arange(1, ORDER + 1)
+NODES: Floats = np.asarray((_x + 1) / 2, float)  # in [0, 1], shape (ORDER,)
+WEIGHTS: Floats = np.asarray(_w / 2, float)
+_powers = np.arange(1.0, ORDER + 1)
 # INTEGRALS[i, j]: integral from 0 to NODES[i] of the j-th Lagrange polynomial; exact for polynomials of degree < ORDER.
 INTEGRALS: Floats = np.linalg.solve(
     np.vander(NODES, ORDER, increasing=True).T, (NODES[:, None] ** _powers / _powers).T
@@ -24,3 +24,9 @@ def nodes(edges: Floats) -> Floats:
 def weights(edges: Floats) -> Floats:
     """The weights that go with `nodes`: shape (n, ORDER), summing to the length of the whole."""
     return np.diff(edges)[:, None] * WEIGHTS
+
+
+def cumulative(edges: Floats, values: Floats) -> tuple[Floats, Floats]:
+    """The integral from the first edge of values at the nodes: at the edges (n + 1,) and at the nodes (n, ORDER)."""
+    at_edges = np.concatenate([[0.0], np.cumsum(np.sum(weights(edges) * values, axis=1))])
+    return at_edges, at_edges[:-1, None] + np.diff(edges)[:, None] * (values @ INTEGRALS.T)

@@ -84,7 +84,7 @@ class Table(Transform):
             raise UserError("table: all values are equal, which asks for no change; give a function that varies")
 
     def __call__(self, u: ArrayLike) -> Floats:
-        return np.interp(u, np.linspace(0, 1, len(self.values)), self.values)
+        return np.interp(np.asarray(u, float), np.linspace(0, 1, len(self.values)), self.values)
 
     @property
     def corners(self) -> Floats:

@@ -1,0 +1,70 @@
+"""What `iapo transform` and `iapo frontier` print: a table for people, or one JSON object."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from iapo.closed_form import ClosedForm, Frontier
+
+SHOWN = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the calibrated reward
+
+
+def closed_form_record(form: ClosedForm) -> dict[str, Any]:
+    """The keys of `iapo transform --json`; a log density of minus infinity becomes null."""
+    log_density = {str(u): float(form.log_density(u)) for u in SHOWN}
+    return {
+        "procedure": str(form.procedure),
+        "opponent": str(form.opponent),
+        "transform": str(form.transform),
+        "beta": form.beta,
+        "kl": form.kl,
+        "win_rate": form.win_rate,
+        "log_partition": form.log_partition,
+        "log_density": {u: value if math.isfinite(value) else None for u, value in log_density.items()},
+    }
+
+
+def frontier_record(frontier: Frontier) -> dict[str, Any]:
+    """The keys of `iapo frontier --json`: win_rate holds a list by transform, parallel to kl."""
+    return {
+        "procedure": str(frontier.procedure),
+        "opponent": str(frontier.opponent),
+        "kl": frontier.kls.tolist(),
+        "win_rate": {name: rates.tolist() for name, rates in frontier.win_rates.items()},
+    }
+
+
+def print_closed_form(form: ClosedForm, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(closed_form_record(form)))
+        return
+    console = Console()
+    console.print(f"[bold]{form.procedure}[/] against [bold]{form.opponent}[/], transform [bold]{form.transform}[/]\n")
+    summary = Table("KL, nats", "win rate", "beta", "log partition", box=None, pad_edge=False)
+    summary.add_row(f"{form.kl:.6g}", f"{form.win_rate:.6f}", f"{form.beta:.6g}", f"{form.log_partition:.6g}")
+    console.print(summary, "")
+    table = Table(box=None, pad_edge=False)
+    for column in ("calibrated reward u", "transform Φ(u)", "log density", "density f(u)"):
+        table.add_column(column, justify="right")
+    u = np.array(SHOWN)
+    for row in zip(u, form.transform_values(u), form.log_density(u), form.density(u), strict=True):
+        table.add_row(f"{row[0]:g}", *(f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}" for value in row[1:]))
+    console.print(table)
+
+
+def print_frontier(frontier: Frontier, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(frontier_record(frontier)))
+        return
+    console = Console()
+    console.print(f"Win rate of [bold]{frontier.procedure}[/] against [bold]{frontier.opponent}[/]\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("KL, nats", *frontier.win_rates):
+        table.add_column(column, justify="right")
+    for kl, *rates in zip(frontier.kls, *frontier.win_rates.values(), strict=True):
+        table.add_row(f"{kl:.4g}", *(f"{rate:.4f}" for rate in rates))
+    console.print(table)
