@@ -1,7 +1,6 @@
 """The figures of the report, each as the text of one inline SVG.
 
-Colours are from the palette of Okabe and Ito, which readers with colour-blindness can tell apart. Labels stand beside
-what they name, in its colour, so that no figure needs a legend.
+Labels stand beside what they name, in its colour, so that no figure needs a legend.
 """
 
 import io
@@ -17,29 +16,14 @@ from matplotlib.figure import Figure
 
 from iapo.calibrate import BAD_KS, Floats
 from iapo.closed_form import ClosedForm
+from iapo.plots import COLORS, FAINT, INK, STYLE, draw_density, draw_transform
 
-INK, FAINT = "#333333", "#8a8a8a"
-BASE_COLOR, TRAINED_COLOR, PREDICTED_COLOR, HELD_OUT_COLOR = "#767676", "#0072B2", "#D55E00", "#009E73"
-OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#009E73")
+PREDICTED_COLOR, TRAINED_COLOR, HELD_OUT_COLOR, *OTHER_COLORS, BASE_COLOR = COLORS
 
-STYLE = {
+SVG_STYLE = STYLE | {
     "svg.fonttype": "none",  # text stays text: it can be selected, searched and set in the page's font
     "svg.hashsalt": "iapo",  # the same figure has the same bytes
     "text.parse_math": False,  # names come from the user, who may use a dollar sign
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.constrained_layout.use": True,
 }
 SIZE = (5.2, 3.7)
 BINS = 20
@@ -53,7 +37,7 @@ def _drawn(label: str) -> Callable[[Callable[Concatenate[Figure, P], None]], Cal
     def decorate(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, Markup]:
         @wraps(draw)
         def drawn(*arguments: P.args, **named: P.kwargs) -> Markup:
-            with matplotlib.rc_context(STYLE):
+            with matplotlib.rc_context(SVG_STYLE):
                 figure = Figure(figsize=SIZE)
                 draw(figure, *arguments, **named)
                 return _to_svg(figure, draw.__name__, label)
@@ -97,7 +81,7 @@ def frontier(
             clip_on=False,
         )
         _beside(axes, record["name"], at, color, (7, -12), "left")
-    axes.set_xlim(0, max(end[0] for end in ends.values()))
+    axes.set_xlim(min([0, *(record["kl"] for record in records)]), max(end[0] for end in ends.values()))
     _label_ends(axes, ends)
     axes.set_xlabel("KL from the reference, nats")
     axes.set_ylabel("win rate against the reference")
@@ -106,18 +90,10 @@ def frontier(
 @_drawn("The transform and the density of calibrated rewards")
 def transform(figure: Figure, form: ClosedForm) -> None:
     """The transform Φ(u) that training maximizes, above the density f(u) of calibrated rewards that it leads to."""
-    u = np.linspace(0, 1, 401)
     above, below = figure.subplots(2, sharex=True)
-    above.plot(u, form.transform_values(u), color=INK, linewidth=1.8)
-    above.set_title("transform Φ(u): what training maximizes")
-    below.axhline(1, color=BASE_COLOR, linewidth=1, linestyle=":")
-    below.plot(u, form.density(u), color=PREDICTED_COLOR, linewidth=1.8)
-    below.fill_between(u, form.density(u), color=PREDICTED_COLOR, alpha=0.12, linewidth=0)
-    _beside(below, "reference: 1", (0, 1), BASE_COLOR, (4, 3), "left")
-    below.set_title("density f(u) of its optimum", color=PREDICTED_COLOR)
-    below.set_ylim(bottom=0)
-    below.set_xlim(0, 1)
-    below.set_xlabel("calibrated reward u")
+    draw_transform(above, form)
+    draw_density(below, form)
+    above.set_xlabel("")
 
 
 @_drawn("Calibrated rewards of both policies and the predicted density")
