@@ -65,7 +65,8 @@ def frontier(
         axes.plot(kl, win_rate, color=color, linewidth=1.6 if number == 0 else 1.2, zorder=1)
         ends[name] = (kl[-1], win_rate[-1], color)
     axes.plot(*target, "o", color="white", markeredgecolor=INK, markersize=7, zorder=2)
-    _beside(axes, "target", target, INK, (-6, 6), "right")
+    near_axis = target[0] < 0.2 * max(end[0] for end in ends.values())
+    _beside(axes, "target", target, INK, *(((9, -4), "left") if near_axis else ((-6, 6), "right")))
     for record, color in zip(records, policy_colors(records), strict=True):
         at = (record["kl"], record["win_rate"])
         down, up = at[1] - record["win_rate_low"], record["win_rate_high"] - at[1]

@@ -143,6 +143,8 @@ def headline(record: Record) -> str:
     )
     if record["kl_efficiency"] is None:
         return f"{sentence}, which is too little to tell from none."
+    if record["kl_efficiency"] < 0:
+        return f"{sentence}, where {percent(record['closed_form_win_rate'])} is possible."
     return f"{sentence}: {percent(record['kl_efficiency'], 0)} of the gain that is possible at that KL."
 
 
@@ -171,7 +173,8 @@ def warnings(results: Results) -> list[str]:
         if distance > BAD_KS:
             found.append(
                 f"Calibrated rewards of {of_what} are {distance:.3f} away from uniform (KS distance; above {BAD_KS:g} "
-                "is bad). Rewards with ties do this. The closed form and KL efficiency do not hold for them."
+                "is bad). Ties do this, and so do very few held-out prompts. The closed form and KL efficiency do not "
+                "hold for such rewards."
             )
     if equal := calibrate["prompts_of_equal_rewards"]:
         found.append(f"{equal:,} prompts have equal rewards throughout: they teach nothing, and training dropped them.")

@@ -126,6 +126,11 @@ def test_the_headline_without_an_efficiency(trained: dict):
     assert "too little to tell from none" in sentence
 
 
+def test_the_headline_of_a_loss(trained: dict):
+    sentence = report.headline(trained | {"win_rate": 0.4, "kl_efficiency": -0.3, "closed_form_win_rate": 0.8})
+    assert f"where 80.0{NBSP}% is possible" in sentence
+
+
 def test_every_record_is_in_the_table(html: str, results: Results):
     rows = re.findall(r"<tr[^>]*><td class=\"text\">(\w+)</td>.*?</tr>", html, re.DOTALL)
     assert [name for name in rows if name in ("base", "trained")] == [record["name"] for record in results.records]
