@@ -1,5 +1,6 @@
 """Inference-aware preference optimization (arXiv 2412.19792). The closed form's public names are here."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -15,8 +16,12 @@ _MODULES = {
         "frontier",
         "win_rate_of_cdf",
     ),
+    "iapo.atoms": ("atom_log_density", "atom_win_rate", "atom_kl", "tie_pattern"),
     "iapo.errors": ("UserError",),
 }
+# bitsandbytes says at import that an optional CPU kernel is not installed; it has its own and uses it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,138 @@
+"""Ties: the exact optimum on a prompt's own atoms, equation (8).
+
+Verifiers and short scales give the same reward to many responses. The calibrated reward is then not uniform, and the
+optimum depends on the prompt through the reference masses p_j of its reward levels, in increasing order. With the CDFs
+R_j of the reference and F_j of the policy, ties counting one half,
+
+    W = sum of [h_a(F_j) - h_a(F_j-1)] [h_b(R_j) + h_b(R_j-1)] / 2
+    log f_j+1 - log f_j = h_a'(F_j) [h_b(R_j+1) - h_b(R_j-1)] / (2 beta),   sum of p_j f_j = 1              (8)
+
+With a binary verifier best_of(n) is pass@n.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from iapo.closed_form import ClosedForm
+from iapo.errors import UserError
+from iapo.procedures import Pairing, pairings
+from iapo.transforms import Optimal
+
+Floats = NDArray[np.float64]
+_SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
+_HALVINGS = 60
+
+
+def tie_pattern(rewards: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The reward levels of each prompt: rewards (prompts, K), finite, in any order.
+
+    Returns counts (prompts, levels), the number of responses at each level in increasing order of reward, padded with
+    zeros, and level (prompts, K), the index of each response's level.
+    """
+    rewards = np.asarray(rewards, float)
+    order = np.argsort(rewards, axis=1, kind="stable")
+    ascending = np.take_along_axis(rewards, order, axis=1)
+    rank = np.zeros(rewards.shape, np.int64)
+    rank[:, 1:] = np.cumsum(np.diff(ascending, axis=1) > 0, axis=1)
+    level = np.empty_like(rank)
+    np.put_along_axis(level, order, rank, axis=1)
+    levels = rank.max(initial=0) + 1
+    cell = rank + levels * np.arange(len(rank))[:, None]
+    return np.bincount(cell.ravel(), minlength=levels * len(rank)).reshape(len(rank), levels), level
+
+
+def atom_log_density(masses: ArrayLike, form: ClosedForm) -> Floats:
+    """log f_j of every atom: the target of the log-ratio of a response at that reward level, in nats.
+
+    masses: (prompts, atoms) masses or counts under the reference, in increasing order of reward; a row may be padded
+    with zeros, whose log f is without meaning. Returns the same shape. Each distinct row is solved once.
+
+    For the optimal transform this is (8) at the beta of `form`; for the others, the log of the mean of f over the
+    interval of calibrated rewards that the atom covers. Sum of p_j f_j is 1 in both. Raises UserError on a row that is
+    negative or sums to nothing.
+    """
+    masses = np.asarray(masses, float)
+    if masses.ndim != 2 or not np.all(masses >= 0) or not np.all(masses.sum(axis=1) > 0):
+        raise UserError(
+            f"masses of shape {masses.shape} given; (prompts, atoms) expected, no mass below 0 and some in every row"
+        )
+    rows, inverse = np.unique(masses, axis=0, return_inverse=True)
+    rows = rows / rows.sum(axis=1, keepdims=True)
+    if isinstance(form.transform, Optimal):
+        log_f = _optimum(rows, pairings(form.procedure, form.opponent), form.beta)
+    else:
+        high = np.minimum(np.cumsum(rows, axis=1), 1)
+        log_f = form.log_mean_density(np.maximum(high - rows, 0), high)
+    return log_f[inverse.ravel()]
+
+
+def atom_win_rate(masses: ArrayLike, log_f: ArrayLike, pairs: tuple[Pairing, ...]) -> Floats:
+    """W of (8) for any policy on the atoms: masses and log f of shape (prompts, atoms); returns (prompts,)."""
+    masses = np.asarray(masses, float)
+    reference = _cdf(masses / masses.sum(axis=1, keepdims=True))
+    policy = _cdf(np.diff(reference) * np.exp(np.asarray(log_f, float)))
+    terms = (
+        weight * np.diff(a.cdf(policy)) * (b.cdf(reference)[:, 1:] + b.cdf(reference)[:, :-1]) / 2
+        for weight, a, b in pairs
+    )
+    return np.asarray(sum(term.sum(axis=1) for term in terms))
+
+
+def atom_kl(masses: ArrayLike, log_f: ArrayLike) -> Floats:
+    """KL = sum of p_j f_j log f_j, in nats: shapes as in `atom_win_rate`."""
+    masses, log_f = np.asarray(masses, float), np.asarray(log_f, float)
+    return np.sum(masses / masses.sum(axis=1, keepdims=True) * np.exp(log_f) * log_f, axis=1)
+
+
+def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
+    """The solution of (8) with the largest W - beta KL, by shooting from the top atom down.
+
+    The mass x of the policy on the top atom fixes all others by (8); the sum of p_j f_j must be 1. It lies between the
+    reference's mass (f = 1 at the top, and less below) and 1. There is one x if all h_a' increase (W is concave).
+    """
+    grid = np.linspace(0, 1, 257)
+    concave = all(np.all(np.diff(a.density(grid)) >= 0) for _, a, _ in pairs)
+    mass_at_top = masses[np.arange(len(masses)), masses.shape[1] - 1 - np.argmax(masses[:, ::-1] > 0, axis=1)]
+    scan = np.array([0.0, 1.0]) if concave else _SCAN
+    x = mass_at_top[:, None] + (1 - mass_at_top[:, None]) * scan
+    missing = np.stack([_shoot(masses, x[:, i], pairs, beta)[1] for i in range(len(scan))], axis=1)
+    missing[:, 0], missing[:, -1] = np.maximum(missing[:, 0], 0), np.minimum(missing[:, -1], 0)
+    row, column = np.nonzero((missing[:, :-1] >= 0) != (missing[:, 1:] > 0))
+    low, high, sign = x[row, column], x[row, column + 1], np.where(missing[row, column] >= 0, 1, -1)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = sign * _shoot(masses[row], middle, pairs, beta)[1] > 0
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    log_f = _shoot(masses[row], (low + high) / 2, pairs, beta)[0]
+    value = atom_win_rate(masses[row], log_f, pairs) - beta * atom_kl(masses[row], log_f)
+    best = np.lexsort((value, row))  # the last of each row is its best
+    return log_f[best[np.searchsorted(row[best], np.arange(len(masses)), side="right") - 1]]
+
+
+def _shoot(masses: Floats, top: Floats, pairs: tuple[Pairing, ...], beta: float) -> tuple[Floats, Floats]:
+    """log f by (8) from the mass of the policy on the top atom, and what is missing to a total of 1."""
+    reference = _cdf(masses)
+    opponents = [b.cdf(reference) for _, _, b in pairs]
+    log_f = np.zeros(masses.shape)
+    cdf = np.ones(len(masses))
+    started = np.zeros(len(masses), bool)  # from the top, past the padding
+    current = np.zeros(len(masses))
+    for j in range(masses.shape[1] - 1, -1, -1):
+        if j + 1 < masses.shape[1]:
+            step = sum(
+                weight * a.density(np.clip(cdf, 0, 1)) * (h[:, j + 2] - h[:, j]) / 2
+                for (weight, a, _), h in zip(pairs, opponents, strict=True)
+            )
+            current = np.where(started, current - np.asarray(step) / beta, current)
+        begins = ~started & (masses[:, j] > 0)
+        current = np.where(begins, np.log(top) - np.log(np.where(begins, masses[:, j], 1)), current)
+        started |= begins
+        log_f[:, j] = current
+        cdf = np.where(started, cdf - masses[:, j] * np.exp(current), cdf)
+    return log_f, cdf
+
+
+def _cdf(masses: Floats) -> Floats:
+    """0 and the cumulative masses: (rows, atoms + 1), the last 1."""
+    total = np.cumsum(masses, axis=1)
+    return np.concatenate([np.zeros((len(masses), 1)), np.minimum(total / total[:, -1:], 1)], axis=1)

@@ -1,0 +1,114 @@
+"""Ties, equation (8): by hand, by brute-force optimization, and against the continuous closed form."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+from iapo.atoms import atom_kl, atom_log_density, atom_win_rate, tie_pattern
+from iapo.closed_form import solve
+from iapo.errors import UserError
+from iapo.procedures import pairings, parse_procedure
+
+
+def test_binary_verifier_by_hand():
+    """Pass rate 0.2, n = 4, beta = 0.2; then (8) and the win rate of pass@4 written out for two atoms."""
+    form = solve("best_of(4)", beta=0.2)
+    log_f = atom_log_density([[0.8, 0.2]], form)
+    np.testing.assert_allclose(np.exp(log_f), [[0.639590, 2.441641]], atol=1e-6)
+    fail, ref_fail = 0.8 * np.exp(log_f[0, 0]), 0.8
+    assert log_f[0, 1] - log_f[0, 0] == pytest.approx(4 * fail**3 * 1 / (2 * 0.2), abs=1e-12)
+    passed, ref_passed = 1 - fail**4, 1 - ref_fail**4
+    by_hand = passed * (1 - ref_passed) + (passed * ref_passed + (1 - passed) * (1 - ref_passed)) / 2
+    win_rate = atom_win_rate([[0.8, 0.2]], log_f, pairings(form.procedure))
+    assert win_rate[0] == pytest.approx(by_hand, abs=1e-12) == pytest.approx(0.670528, abs=1e-6)
+    assert atom_kl([[0.8, 0.2]], log_f)[0] == pytest.approx(0.207235, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize(
+    ("procedure", "opponent"),
+    [
+        ("best_of(4)", None),
+        ("worst_of(4)", None),
+        ("kth(3, 5)", None),
+        ("worst_of(8)", "best_of(8)"),
+        ("0.5 worst_of(6) + 0.5 best_of(6)", None),
+    ],
+)
+def test_against_brute_force_optimization(procedure, opponent, beta):
+    """W - beta KL over all densities on random atoms, from many starts: no better value exists."""
+    random = np.random.default_rng(7)
+    form = solve(procedure, opponent, beta=beta)
+    pairs = pairings(form.procedure, form.opponent)
+    for atoms in (2, 3, 5):
+        masses = random.dirichlet(np.ones(atoms))[None]
+
+        def value(logits, masses=masses):
+            log_f = logits - logsumexp(logits, b=masses[0])
+            return atom_win_rate(masses, log_f[None], pairs)[0] - beta * atom_kl(masses, log_f[None])[0]
+
+        found = atom_log_density(masses, form)[0]
+        starts = [np.zeros(atoms), *(random.normal(size=(12, atoms)) * 3)]
+        best = max(-minimize(lambda x, value=value: -value(x), start, method="BFGS").fun for start in starts)
+        assert value(found) >= best - 1e-9
+        assert np.sum(masses * np.exp(found)) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("procedure", ["best_of(4)", "worst_of(4)", "kth(3, 5)"])
+def test_many_atoms_tend_to_the_continuous_solution(procedure):
+    form = solve(procedure, beta=0.2)
+    errors = []
+    for atoms in (50, 100, 200):
+        edges = np.arange(atoms + 1) / atoms
+        discrete = atom_log_density(np.ones((1, atoms)), form)[0]
+        errors.append(np.max(np.abs(discrete - form.log_mean_density(edges[:-1], edges[1:]))))
+    assert errors[2] < 0.02
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("transform", ["identity", "log", "exp_tilt(10)"])
+def test_other_transforms_average_over_the_interval_of_an_atom(transform):
+    form = solve("best_of(4)", transform=transform, target_kl=0.4)
+    log_f = atom_log_density([[3, 0, 1]], form)
+    np.testing.assert_allclose(log_f[0, [0, 2]], form.log_mean_density([0, 0.75], [0.75, 1]), atol=1e-12)
+    assert 0.75 * np.exp(log_f[0, 0]) + 0.25 * np.exp(log_f[0, 2]) == pytest.approx(1, abs=1e-9)
+
+
+def test_padding_scale_and_repeats_do_not_matter():
+    form = solve("worst_of(4)", beta=0.1)
+    once = atom_log_density([[1, 2, 5]], form)[0]
+    many = atom_log_density([[0, 1, 2, 5, 0], [10, 20, 50, 0, 0], [0, 1, 2, 5, 0], [4, 4, 0, 0, 0]], form)
+    np.testing.assert_allclose(many[0, 1:4], once, atol=1e-12)
+    np.testing.assert_allclose(many[1, :3], once, atol=1e-12)
+    np.testing.assert_array_equal(many[0], many[2])
+    np.testing.assert_allclose(many[3, :2], atom_log_density([[0.5, 0.5]], form)[0], atol=1e-12)
+
+
+def test_a_single_level_teaches_nothing():
+    np.testing.assert_allclose(atom_log_density([[7.0]], solve("best_of(4)", beta=0.1)), 0, atol=1e-14)
+
+
+def test_mean_over_prompts_beats_the_untied_target():
+    """Using the continuous density averaged over the atoms instead of (8) loses W - beta KL on every pass rate."""
+    form = solve("best_of(8)", beta=0.1)
+    pairs = pairings(parse_procedure("best_of(8)"))
+    masses = np.stack([1 - np.arange(1, 10) / 10, np.arange(1, 10) / 10], axis=1)
+    naive = form.log_mean_density(
+        np.stack([0 * masses[:, 0], masses[:, 0]], 1), np.stack([masses[:, 0], np.ones(9)], 1)
+    )
+    exact = atom_log_density(masses, form)
+    gain = [atom_win_rate(masses, f, pairs) - 0.1 * atom_kl(masses, f) for f in (exact, naive)]
+    assert np.all(gain[0] > gain[1])
+
+
+def test_tie_pattern_by_hand():
+    counts, level = tie_pattern([[1.0, 0.0, 1.0, 0.0], [3.0, 1.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
+    np.testing.assert_array_equal(counts, [[2, 2, 0], [2, 1, 1], [4, 0, 0]])
+    np.testing.assert_array_equal(level, [[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("masses", [[[0.0, 0.0]], [[-1.0, 2.0]], [1.0, 2.0], [[np.nan, 1.0]]])
+def test_impossible_masses_are_refused(masses):
+    with pytest.raises(UserError, match=r"\(prompts, atoms\) expected"):
+        atom_log_density(masses, solve("best_of(4)", beta=0.1))
