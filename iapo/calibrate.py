@@ -80,7 +80,7 @@ def run(config: Config, manifest: Manifest) -> None:
     if distance > BAD_KS:
         log.warning(
             "calibrate: calibrated rewards of held-out reference samples are %.3f away from uniform (KS distance); "
-            "rewards with ties do this, and win rates by equation (4) do not hold for them",
+            "ties do this, and then win rates by equation (4) do not hold; so does chance, with few samples",
             distance,
         )
     outputs = [config.run / "quantiles.parquet", config.run / "calibrated.parquet"]

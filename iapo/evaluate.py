@@ -37,6 +37,8 @@ from iapo.store import Manifest, read_table, write_json, write_table
 log = logging.getLogger(__name__)
 
 BASE, TRAINED = "base", "trained"
+HIGHEST_KL = 10.0
+"""The closed form is solved up to this many nats; by then its win rate is within 1e-4 of what any KL allows."""
 PARTS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -133,8 +135,9 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
 
     `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
     the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
-    closed_form_win_rate (the optimum of equation (4) at the measured KL), kl_efficiency = (win_rate − ½) /
-    (closed_form_win_rate − ½), null where the KL is not above its error. `uniformity`: KS distance of fresh base
+    closed_form_win_rate (the optimum of equation (4) at the measured KL), kl_efficiency = (win_rate − W₀) /
+    (closed_form_win_rate − W₀) with W₀ the win rate of the reference (½ if the opponent has the same procedure), null
+    where the KL is not above its error. `uniformity`: KS distance of fresh base
     samples from the uniform distribution that calibration promises.
     """
     records = []
@@ -152,7 +155,9 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 "kl_se": kl.se,
             }
             win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
-            optimum = optimal_win_rate(procedure, opponent, kl.value) if kl.value > max(2 * kl.se, 1e-4) else None
+            solvable = min(kl.value, HIGHEST_KL)
+            optimum = optimal_win_rate(procedure, opponent, solvable) if kl.value > max(2 * kl.se, 1e-4) else None
+            start = optimal_win_rate(procedure, opponent, 0)
             records.append(
                 record
                 | {
@@ -160,7 +165,7 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                     "win_rate_low": win.low,
                     "win_rate_high": win.high,
                     "closed_form_win_rate": optimum,
-                    "kl_efficiency": None if optimum is None else (win.value - 0.5) / (optimum - 0.5),
+                    "kl_efficiency": None if optimum is None else (win.value - start) / (optimum - start),
                 }
             )
     return {"policies": records, "uniformity": {"base_ks_distance": base_ks_distance(table, reference, config.seed)}}

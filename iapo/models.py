@@ -1,7 +1,6 @@
 """Loading models and tokenizers: the quantized base, adapters, reward models. The only place that knows devices."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from iapo.errors import UserError
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
-# bitsandbytes says at import that an optional CPU kernel is not installed; it has its own and uses it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
