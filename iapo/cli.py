@@ -26,6 +26,7 @@ Overrides = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="discard what was made before and make it again")]
 
 DEFAULT_CONFIG = Path("iapo.yaml")
+INTERRUPTED = 130
 PIPELINE, CLOSED_FORM = "The pipeline", "The closed form, no model needed"
 
 
@@ -226,11 +227,10 @@ def main() -> None:
     failure: BaseException | None = None
     try:
         code = app(arguments or ["--help"], standalone_mode=False) or 0
-    except (KeyboardInterrupt, Abort) as stop:
-        failure = stop
-        code, message = 130, "interrupted; what was computed is kept, run the same command again to go on"
+    except (KeyboardInterrupt, Abort):
+        code = INTERRUPTED
     except Exit as stop:
-        code = stop.exit_code
+        code = stop.exit_code  # of Ctrl-C too, which typer turns into this
     except TyperException as error:  # an unknown command or option
         code, message = 2, f"{error.format_message().rstrip('.')}; `iapo --help` lists what there is"
     except UserError as error:
@@ -239,6 +239,8 @@ def main() -> None:
     except Exception as error:  # the last resort: one line for a person, the traceback on request
         failure = error
         code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if code == INTERRUPTED:
+        message = "interrupted; what was computed is kept, run the same command again to go on"
     if message:
         if debug and failure is not None:
             traceback.print_exception(failure)
