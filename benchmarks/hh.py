@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -260,32 +261,58 @@ def accuracy(margins: Any) -> float:
     return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
 
 
-def train_models(path: Path, out: Path, reference_epochs: int, reward_epochs: int) -> dict[str, Any]:
-    """Everything that is learned from the data set, saved in `out`; what is there already is not made again."""
-    report = out / "models.json"
-    if report.is_file():
-        return json.loads(report.read_text())
+def train_models(
+    path: Path, out: Path, reference_epochs: int, reward_epochs: int, kind: str = "best"
+) -> dict[str, dict[str, float]]:
+    """What is learned from the data set, saved in `out`, and a report of each; what is there is not made again.
+
+    kind: the rewards to learn: `model`, `bigrams`, or `best` for both.
+    """
     pairs, held_out = read_pairs(path, seed=0)
-    tokenizer = train_tokenizer(pairs)
-    set_seed(0)
-    reference, about_reference = train_reference(tokenizer, pairs, held_out, reference_epochs)
-    reward, about_reward = train_reward(tokenizer, reference, pairs, held_out, reward_epochs)
-    weights, about_bigrams = fit_bigrams(pairs, held_out)
-    for model, name in ((reference, "reference"), (reward, "reward")):
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
-    write_json(out / "bigrams.json", weights)
-    made = {"reference": about_reference, "reward": about_reward, "bigrams": about_bigrams}
-    write_json(report, made)
-    return made
+
+    def reference() -> dict[str, float]:
+        tokenizer = train_tokenizer(pairs)
+        model, about = train_reference(tokenizer, pairs, held_out, reference_epochs)
+        save(model, tokenizer, out / "reference")
+        return about
+
+    def reward() -> dict[str, float]:
+        tokenizer = AutoTokenizer.from_pretrained(out / "reference")
+        start = LlamaForCausalLM.from_pretrained(out / "reference")
+        model, about = train_reward(tokenizer, start, pairs, held_out, reward_epochs)
+        save(model, tokenizer, out / "reward")
+        return about
+
+    def bigrams() -> dict[str, float]:
+        weights, about = fit_bigrams(pairs, held_out)
+        write_json(out / "bigrams.json", weights)
+        return about
+
+    makers = {"model": [reward], "bigrams": [bigrams], "best": [reward, bigrams]}[kind]
+    return {make.__name__: once(out / f"{make.__name__}.report.json", make) for make in (reference, *makers)}
+
+
+def once(report: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Make something and store what there is to say about it, last; or read that, where it was made before."""
+    if not report.is_file():
+        set_seed(0)
+        write_json(report, make())
+    return json.loads(report.read_text())
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A model with its tokenizer, as transformers loads it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # --- The runs -------------------------------------------------------------------------------------------------------
 
 
 def choose_reward(made: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The `reward` section: the transformer or the linear reward, whichever is right on more held-out pairs."""
-    if made["bigrams"]["held_out_accuracy"] > made["reward"]["held_out_accuracy"]:
+    """The `reward` section: of the rewards made, the one that is right on more held-out pairs."""
+    best = max(made.keys() & {"reward", "bigrams"}, key=lambda name: made[name]["held_out_accuracy"])
+    if best == "bigrams":
         os.environ[WEIGHTS_VARIABLE] = str((out / "bigrams.json").resolve())
         return {"function": "benchmarks.hh_rewards:bigrams"}
     return {"model": str(out / "reward"), "batch_size": 256}
@@ -405,15 +432,16 @@ def main() -> None:
     parser.add_argument("path", type=Path, help="the data set, .jsonl.gz")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "hh")
     parser.add_argument("--model", choices=("own", "bundled"), default="own", help="trained here, or the package's")
+    parser.add_argument("--reward", choices=("best", "model", "bigrams"), default="best", help="of those trained here")
     parser.add_argument("--procedures", nargs="+", default=["worst_of(4)", "best_of(4)"])
     parser.add_argument("--name", default="", help="prefix of the run folders, for another setting")
-    parser.add_argument("--prompts", type=int, default=900, help="of which those that fit the context are used")
-    parser.add_argument("--holdout", type=int, default=150)
+    parser.add_argument("--prompts", type=int, default=800, help="of which those that fit the context are used")
+    parser.add_argument("--holdout", type=int, default=200)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--target-kl", type=float, default=0.5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--reference-epochs", type=int, default=4)
+    parser.add_argument("--reference-epochs", type=int, default=2)
     parser.add_argument("--reward-epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -424,7 +452,7 @@ def main() -> None:
     if args.model == "bundled":
         sections = bundled_sections()
     else:
-        made = train_models(args.path, args.out, args.reference_epochs, args.reward_epochs)
+        made = train_models(args.path, args.out, args.reference_epochs, args.reward_epochs, args.reward)
         print(json.dumps(made, indent=2))
         sections = {"model": {"base": str(args.out / "reference")}, "reward": choose_reward(made, args.out)}
     results: list[dict[str, Any]] = []
