@@ -1,5 +1,6 @@
 """What tests share: tiny models and tokenizers made on the spot, and a run of the demo made once."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,25 @@ def tiny_model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+LETTERS = "acgnrtwz"
+
+
+@pytest.fixture(scope="session")
+def letters_model(tmp_path_factory) -> Path:
+    """Like tiny_model, but its responses are made of eight letters, so that little data teaches it something."""
+    folder = tmp_path_factory.mktemp("letters")
+    torch.manual_seed(0)
+    model, tokenizer = LlamaForCausalLM(tiny_config(tie_word_embeddings=False)), make_tokenizer()
+    likely = [tokenizer.eos_token_id, *tokenizer(LETTERS)["input_ids"]]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 4  # a feature that is always on, for
+        model.lm_head.weight[:, 0] = -2  # a bias against all tokens
+        model.lm_head.weight[likely, 0] = 1  # but these
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -130,3 +150,14 @@ def tiny_run(tmp_path, tiny_model) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory) -> Path:
+    """Run folder of the demo, made once through the command line."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    command = [sys.executable, "-m", "iapo.cli", "demo", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder / "report.html")
+    return folder
