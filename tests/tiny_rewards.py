@@ -38,3 +38,11 @@ not_a_function = 3
 def ends_early(prompts, responses):
     """Binary, so that rewards tie."""
     return [float(len(response) < 4) for response in responses]
+
+
+def only_name(prompts, responses):
+    """Different rewards for the prompts that start with `name` alone."""
+    return [
+        number * prompt[-1]["content"].startswith("name")
+        for number, (prompt, _) in enumerate(zip(prompts, responses, strict=True))
+    ]
