@@ -33,7 +33,7 @@ def load_base(config: ModelConfig) -> Any:
     """The base model, quantized as configured, frozen, in evaluation mode, on this process's device."""
     arguments = _arguments(config.quantization, config.dtype, config.revision, config.trust_remote_code)
     model = _load(AutoModelForCausalLM, resolve(config.base, "reference"), "model.base", **arguments)
-    return model.requires_grad_(False).eval()
+    return _keep_weights(model).requires_grad_(False).eval()
 
 
 def load_policy(config: ModelConfig, adapter: Path | None) -> Any:
@@ -146,6 +146,18 @@ def _arguments(quantization: str, dtype: str, revision: str | None, trust: bool)
             bnb_4bit_compute_dtype=compute,
         )
     return arguments
+
+
+def _keep_weights(model: Any) -> Any:
+    """Keep 4-bit weights what they are in training and evaluation alike.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them at the first evaluation and back in training, rounding their
+    scales to bfloat16 each time: the reference would drift while the policy is trained and be another one elsewhere.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _load(kind: Any, name: str, key: str, **arguments: Any) -> Any:
