@@ -81,9 +81,9 @@ def calibrate(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, 
 def train(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
     """Fit a LoRA adapter to the closed form (reference log-probs first, if they are not there)."""
     loaded = _load(config, overrides)
-    from iapo.pipeline import run_stage
+    from iapo.pipeline import manifest_of, run_stage
 
-    run_stage("ref_logprobs", loaded)
+    run_stage("ref_logprobs", loaded, restart=restart and manifest_of("ref_logprobs", loaded).state() == "stale")
     _run_one("train", config, overrides, restart)
 
 

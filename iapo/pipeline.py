@@ -19,7 +19,7 @@ class Stage:
     """A stage: the module `iapo.NAME` has its `run(config, manifest)`.
 
     inputs: the stages whose outputs it reads. outputs: files and folders it makes, below the run folder.
-    settings: the part of the configuration that decides its result.
+    settings: the part of the configuration that decides its result. command: the subcommand that runs it.
     """
 
     name: str
@@ -28,6 +28,11 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     made_of: Callable[[Config], dict[str, str]] = lambda config: {}
     """fingerprints of files from outside the run, by name"""
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            object.__setattr__(self, "command", self.name)
 
 
 def _dump(section: Any, *leave_out: str) -> dict[str, Any]:
@@ -68,6 +73,7 @@ STAGES = {
             ("prompts", "sample"),
             ("ref_logprobs",),
             lambda config: {"model": _dump(config.model), "sample": {"temperature": config.sample.temperature}},
+            command="train",
         ),
         Stage(
             "train",
@@ -110,7 +116,8 @@ def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
     for needed in stage.inputs:
         state = manifest_of(needed, config).state()
         if state != "done":
-            raise UserError(f"{name} needs {needed}, which is {state}; run `iapo {needed}` or `iapo run` first")
+            command = STAGES[needed].command
+            raise UserError(f"{name} needs {needed}, which is {state}; run `iapo {command}` or `iapo run` first")
     if restart:
         discard(name, config)
     manifest = manifest_of(name, config)
@@ -144,7 +151,8 @@ def manifest_of(name: str, config: Config) -> Manifest:
     """The record of a stage, as it would be for this configuration and for what its inputs are now."""
     stage = STAGES[name]
     inputs = {needed: _outputs_id(config.run, needed) for needed in stage.inputs}
-    return Manifest(config.run, name, {"settings": stage.settings(config), "inputs": inputs | stage.made_of(config)})
+    identity = {"settings": stage.settings(config), "inputs": inputs | stage.made_of(config)}
+    return Manifest(config.run, name, identity, stage.command)
 
 
 def status(config: Config) -> list[tuple[str, str, str]]:

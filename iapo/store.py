@@ -103,8 +103,8 @@ def versions() -> dict[str, str]:
 class Manifest:
     """The record of one stage of a run: what it was made from and what it made."""
 
-    def __init__(self, run: Path, stage: str, identity: Mapping[str, Any]) -> None:
-        self.run, self.stage = run, stage
+    def __init__(self, run: Path, stage: str, identity: Mapping[str, Any], command: str | None = None) -> None:
+        self.run, self.stage, self.command = run, stage, command or stage
         self.identity = json.loads(json.dumps(identity, default=str))
         self._done = run / "manifests" / f"{stage}.json"
         self._started = run / "manifests" / f"{stage}.started.json"
@@ -129,7 +129,7 @@ class Manifest:
         if differences := self.differences():
             raise UserError(
                 f"{self.stage}: what is stored was made otherwise ({'; '.join(differences)}); "
-                f"undo the change, choose another `run` folder, or repeat it with `iapo {self.stage} --restart`"
+                f"undo the change, choose another `run` folder, or repeat it with `iapo {self.command} --restart`"
             )
         if not self._started.is_file():
             write_json(self._started, {"identity": self.identity})

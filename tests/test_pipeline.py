@@ -1,0 +1,114 @@
+"""The whole pipeline on a tiny model through the command line, and what repeating it does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_settings
+
+from iapo.config import load_config
+from iapo.pipeline import STAGES, status
+from iapo.store import read_manifest, read_table
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, letters_model, tiny_reward) -> Path:
+    """The configuration of a run that `iapo run` has finished, with a reward model."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    path = folder / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            tiny_settings(folder / "run", letters_model, reward={"model": str(tiny_reward), "function": None})
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "iapo.cli", "run", str(path)], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder / "run" / "report.html")
+    return path
+
+
+def test_every_stage_stores_what_its_module_says(finished):
+    config = load_config(finished)
+    run = config.run
+    columns = {
+        "prompts.parquet": ["prompt_id", "prompt", "split", "metadata"],
+        "responses": ["prompt_id", "sample_id", "response", "token_ids", "finish_reason", "source"],
+        "rewards": ["prompt_id", "sample_id", "reward"],
+        "quantiles.parquet": ["prompt_id", "n", "rewards"],
+        "calibrated.parquet": ["prompt_id", "sample_id", "calibrated_reward", "tie_low", "tie_high"],
+        "ref_logprobs": ["prompt_id", "sample_id", "ref_logprob", "n_tokens"],
+    }
+    for name, expected in columns.items():
+        assert read_table(run / name).column_names == expected
+    responses = read_table(run / "responses").to_pandas()
+    assert not responses.duplicated(["prompt_id", "sample_id"]).any() and len(responses) == 320
+    for name in ("rewards", "calibrated.parquet", "ref_logprobs"):
+        table = read_table(run / name).to_pandas()
+        assert len(table.merge(responses, on=["prompt_id", "sample_id"], validate="one_to_one")) == 320
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert (run / "report.html").stat().st_size > 10_000
+    names = {record["name"] for record in json.loads((run / "evaluation" / "metrics.json").read_text())["policies"]}
+    assert names == {"base", "trained"}
+
+
+def test_manifests_name_versions_inputs_and_settings(finished):
+    config = load_config(finished)
+    for name, stage in STAGES.items():
+        record = read_manifest(config.run, name)
+        assert record is not None and record["stage"] == name and record["versions"]["iapo"]
+        assert record["identity"]["inputs"].keys() >= set(stage.inputs)
+        assert record["outputs"]
+    assert json.loads((config.run / "config.json").read_text())["model"]["base"] == config.model.base
+
+
+def test_status_says_done(finished, iapo):
+    outcome = iapo("status", finished)
+    assert outcome.code == 0
+    assert [line.split()[:2] for line in outcome.out.splitlines()[1:]] == [[name, "done"] for name in STAGES]
+
+
+def test_repeating_does_nothing(finished, iapo):
+    run = load_config(finished).run
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    for command in ("run", "prompts", "sample", "score", "calibrate", "train", "evaluate", "report"):
+        outcome = iapo(command, finished)
+        assert outcome.code == 0 and "done before" in outcome.out + outcome.err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "override, stale",
+    [
+        ("prompts.holdout=5", ["prompts"]),
+        ("sample.temperature=0.9", ["sample", "ref_logprobs", "evaluate"]),
+        ("objective.target_kl=1.0", ["train"]),
+        ("objective.procedure=worst_of(2)", ["train", "evaluate"]),
+        ("train.learning_rate=0.01", ["train"]),
+        ("evaluate.samples_per_prompt=8", ["evaluate"]),
+        ("reward.batch_size=1", []),
+        ("workers=ray", []),
+    ],
+)
+def test_a_changed_setting_makes_stale_what_depends_on_it(finished, override, stale):
+    found = status(load_config(finished, (override,)))
+    assert [name for name, state, _ in found if state == "stale"] == stale
+    for name, _, detail in found:
+        assert name not in stale or override.split("=")[0].split(".")[-1] in detail
+
+
+def test_the_seed_decides_everything(finished, tmp_path, tiny_reward, iapo, letters_model):
+    """A second run of the same configuration in another folder has the same samples; another seed has others."""
+    config = load_config(finished)
+    for seed, same in ((0, True), (1, False)):
+        path = tmp_path / f"{seed}.yaml"
+        settings = tiny_settings(tmp_path / str(seed), letters_model, prompts={"source": config.prompts.source})
+        path.write_text(yaml.safe_dump(settings | {"seed": seed}))
+        assert iapo("prompts", path).code == iapo("sample", path).code == 0
+        one, other = (read_table(run / "responses") for run in (config.run, tmp_path / str(seed)))
+        assert one.equals(other) == same
