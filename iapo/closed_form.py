@@ -29,6 +29,7 @@ from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 
 Floats = NDArray[np.float64]
 Function = Callable[[ArrayLike], Floats]
+_DEEPEST = -1e9  # log f below which nothing is resolved
 
 
 @dataclass(frozen=True)
@@ -199,18 +200,30 @@ def _loss(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
 
 
 def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
-    """The density of an optimum as a function of u: a cubic spline of log f with the slopes of (5)."""
-    u, cdf, log_f = optimum.points()
-    slope = optimum.slopes(pairs)
-    u[0], u[-1], cdf[0], cdf[-1] = 0, 1, 0, 1
+    """The density of an optimum as a function of u: a cubic spline of log f with the slopes of (5), and its tail."""
+    u, cdf, log_f = optimum.points(between=4)
+    slope = optimum.slopes(pairs, u, cdf, log_f)
+    start = u[0] = optimum.edges[0]
+    u[-1], cdf[0], cdf[-1] = 1, 0, 1
+    u = np.maximum.accumulate(np.minimum(u, 1))
     distinct = np.append(np.diff(u) > 0, True)
-    distinct[-1 - np.argmax(np.append(np.diff(u)[::-1] > 0, True))] = True
     u, cdf, log_f, slope = u[distinct], cdf[distinct], log_f[distinct], slope[distinct]
+    secant = np.diff(log_f) / np.diff(u)  # the slope is held to what u can resolve, which near 1 may be little
+    slope = np.minimum(slope, 3 * np.minimum(np.r_[secant, np.inf], np.r_[np.inf, secant]))
     spline = CubicHermiteSpline(u, log_f, slope)
     log_mass = np.where(
         np.diff(u) > 1e-12, log_integral(spline, u[:-1], u[1:]), np.log(np.maximum(np.diff(cdf), 1e-300))
     )
-    return Density(spline, u, log_mass - logsumexp(log_mass))
+    log_mass -= logsumexp(log_mass)
+    if start == 0:
+        return Density(spline, u, log_mass)
+
+    def log_f(u: Floats) -> Floats:
+        return np.where(u < start, optimum.tail(pairs, np.minimum(u, start)), spline(np.maximum(u, start)))
+
+    tail = start * cells(lambda x: np.maximum(optimum.tail(pairs, start * x), _DEEPEST), np.empty(0))
+    tail[-1] = start
+    return Density(log_f, np.r_[tail[:-1], u], np.r_[log_integral(log_f, tail[:-1], tail[1:]), log_mass])
 
 
 def _first_order(pairs: tuple[Pairing, ...]) -> Function:

@@ -9,35 +9,48 @@ L = log f, (6) reads
 and KL = integral of L / (1 + e^-L) dt. Gauss collocation on panels, Newton for (d, L, log beta) together with the
 condition on the KL, and continuation from the small-KL limit (7). A fixed point iteration of (5) oscillates instead
 (best_of at small beta), and shooting loses digits at one end or the other.
+
+Where f is zero to double precision F is zero, and (5) is an integral: such a tail at small u is left out of the panels.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import solve_banded
 from scipy.special import expit, log_expit
 
 from iapo.errors import UserError
-from iapo.procedures import Pairing
+from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import INTEGRALS, NODES, ORDER, cumulative, nodes, weights
 
 Floats = NDArray[np.float64]
 
-_STEEPEST = 20.0  # log of the largest L' kept: steeper than e^20 only where f is zero to double precision
+_STEEPEST = 30.0  # log of the largest L' kept: steeper than e^30 only where f is zero to double precision
+_DEEP = -60.0  # log f below which a tail is left out of the panels
+_LOWEST = 690.0  # log of the largest -log f given
+_ROUNDING = 1e-14  # of d in a panel's polynomials, with the amplification of their derivative
 _STEP = 1e-6  # of the central differences of k
 _RESOLUTION = 0.24  # panel size in the units of `_remesh`
+_BENDS = 1e4  # L' above the inverse of this is resolved by its logarithm
 _TOLERANCE = 1e-9  # of `residual`
-_BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(np.r_[0, NODES], i)) for i, x in enumerate(np.r_[0, NODES])])
+_POINTS = np.r_[0, NODES]  # of a panel's polynomials
+_BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(_POINTS, i)) for i, x in enumerate(_POINTS)])
+_BETWEEN = np.array([0.06, 0.5, 0.94])  # places in a panel, not at its nodes, where `residual` looks
+# SLOPES[i, j]: the derivative at BETWEEN[i] of the j-th Lagrange polynomial of POINTS
+_SLOPES = np.linalg.solve(
+    np.vander(_POINTS, increasing=True).T,
+    (np.arange(ORDER + 1) * _BETWEEN[:, None] ** np.maximum(np.arange(ORDER + 1) - 1, 0)).T,
+).T
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
     """A stationary point of W - beta KL.
 
-    edges: (n + 1,) panel edges in t = u + F. state: (n + 1, 2) and stages: (n, ORDER, 2) hold (d, L) at the edges
-    and at the Gauss nodes.
+    edges: (n + 1,) panel edges in t = u + F; below the first F = 0. state: (n + 1, 2) and stages: (n, ORDER, 2) hold
+    (d, L) at the edges and at the Gauss nodes.
     """
 
     edges: Floats
@@ -51,17 +64,35 @@ class Optimum:
         log_f = self.stages[..., 1]
         return float(np.sum(weights(self.edges) * log_f * expit(log_f)))
 
-    def points(self) -> tuple[Floats, Floats, Floats]:
-        """u, F and L, increasing, at every edge and node and half-way between them."""
+    def points(self, between: int = 2) -> tuple[Floats, Floats, Floats]:
+        """u, F and L, increasing, at every edge and node, with `between` steps from one to the next."""
         t = np.append(np.c_[self.edges[:-1], nodes(self.edges)].ravel(), self.edges[-1])
-        t = np.interp(np.arange(0, len(t) - 0.75, 0.5), np.arange(len(t)), t)
+        t = np.interp(np.arange((len(t) - 1) * between + 1) / between, np.arange(len(t)), t)
         d, log_f = np.moveaxis(_interpolate(self, t), -1, 0)
         return (t - d) / 2, (t + d) / 2, log_f
 
-    def slopes(self, pairs: tuple[Pairing, ...]) -> Floats:
-        """dL / du at the points."""
-        u, cdf, log_f = self.points()
+    def tail(self, pairs: tuple[Pairing, ...], u: Floats) -> Floats:
+        """L at u below the first edge, where F = 0: (5) integrated."""
+        exponent = np.minimum(_log_tail_rise(pairs, u, float(self.edges[0])) - self.log_beta, _LOWEST)
+        return self.state[0, 1] - np.exp(exponent)
+
+    def slopes(self, pairs: tuple[Pairing, ...], u: Floats, cdf: Floats, log_f: Floats) -> Floats:
+        """dL / du at points."""
         return _slope(pairs, u + cdf, np.stack([cdf - u, log_f], axis=-1), self.log_beta) / expit(-log_f)
+
+
+def _log_tail_rise(pairs: tuple[Pairing, ...], low: Floats, high: float) -> Floats:
+    """log(Phi(high) - Phi(low)) where F = 0: of the sum of weight h_a'(0) (h_b(high) - h_b(low))."""
+
+    def log_mass(b: Procedure) -> Floats:
+        below, above = b.log_survival(low), b.log_survival(high)
+        if above < np.log(0.5):
+            return below + np.log(-np.expm1(np.minimum(above - below, 0)))
+        return np.log(np.maximum(b.cdf(high) - b.cdf(low), 0))
+
+    with np.errstate(divide="ignore"):
+        terms = [np.log(weight) + a.log_density(0.0) + log_mass(b) for weight, a, b in pairs]
+    return np.logaddexp.reduce(terms)
 
 
 def log_kernel(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
@@ -127,18 +158,22 @@ def _crossing(pairs: tuple[Pairing, ...], low: Optimum, high: Optimum, log_beta:
 
 
 def residual(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
-    """The largest defect of the two differential equations between the nodes, relative to 1 + |L'|."""
-    t = optimum.edges[:-1, None] + np.diff(optimum.edges)[:, None] * np.array([0.06, 0.5, 0.94])
-    step = 1e-3 * np.diff(optimum.edges)[:, None]
-    near = [_interpolate(optimum, t + k * step) for k in (-2, -1, 1, 2)]
-    slope = (near[0] - near[3] + 8 * (near[2] - near[1])) / (12 * step[..., None])
+    """The largest defect of the two differential equations between the nodes, relative to 1 + |L'|.
+
+    What the rounding of d and t can do to a slope is taken off.
+    """
+    width = np.diff(optimum.edges)[:, None]
+    t = optimum.edges[:-1, None] + width * _BETWEEN
+    values = np.concatenate([optimum.state[:-1, None], optimum.stages], axis=1)
+    slope = _SLOPES @ values / width[..., None]
     state = _interpolate(optimum, t)
     expected = np.stack([np.tanh(state[..., 1] / 2), _slope(pairs, t, state, optimum.log_beta)], axis=-1)
-    return float(np.max(np.abs(slope - expected) / (1 + np.abs(expected))))
+    defect = np.abs(slope - expected) / (1 + np.abs(expected)) - _ROUNDING / width[..., None]
+    return float(np.max(np.maximum(defect, 0)))
 
 
 def _slope(
-    pairs: tuple[Pairing, ...], t: Floats, state: Floats, log_beta: float, du: float = 0, dcdf: float = 0
+    pairs: tuple[Pairing, ...], t: Floats, state: Floats, log_beta: float, du: Floats | float = 0, dcdf: float = 0
 ) -> Floats:
     """L' at t, with u and F moved by du and dcdf."""
     d, log_f = state[..., 0], state[..., 1]
@@ -178,10 +213,11 @@ def _follow(
     ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
     if len(ahead) < len(stops):
         yield stops[0], optimum
-    factor = 8.0
+    factor, rate = 8.0, 0.0
     while ahead or not stops:
         target = min(kl * factor, ahead[0]) if ahead else kl * factor
-        found = _newton(pairs, _remesh(pairs, optimum, 2 * _RESOLUTION), kl=target)
+        guess = _remesh(pairs, _squeezed(optimum, target - kl, rate), 2 * _RESOLUTION)
+        found = _newton(pairs, guess, kl=target)
         if found is None:
             factor = factor**0.5
             if factor < 1.0001:
@@ -189,12 +225,32 @@ def _follow(
                     f"no optimum was found at more than {kl:.4g} nats; ask for a smaller KL or a larger beta"
                 )
             continue
+        rate = (found[0].log_beta - optimum.log_beta) / (target - kl)
         optimum, iterations = found
         kl = target
         yield kl, optimum
         if ahead and kl == ahead[0]:
             ahead.pop(0)
         factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
+
+
+def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
+    """A guess at `more` nats beyond an optimum, where log beta changes at `rate`.
+
+    With a tail where F = 0 the policy's mass is squeezed towards u = 1: by exp(-more), exactly so for worst_of.
+    """
+    if optimum.edges[0] == 0:
+        return optimum
+    u, cdf, _ = optimum.points()
+    t, moved = u + cdf, 1 - (1 - u) * np.exp(-more) + cdf
+    edges = np.interp(optimum.edges, t, moved)
+
+    def at(there: Floats) -> Floats:
+        here = np.interp(there, moved, t)
+        d, log_f = np.moveaxis(_interpolate(optimum, here), -1, 0)
+        return np.stack([there - 2 + (2 - here + d) * np.exp(-more), log_f + more], axis=-1)
+
+    return Optimum(edges, at(edges), at(nodes(edges)), optimum.log_beta + rate * more)
 
 
 def _refine(
@@ -207,6 +263,8 @@ def _refine(
         if found is None:
             return None
         optimum = found[0]
+        if optimum.edges[0] > 0 and optimum.state[0, 1] > 0.75 * _DEEP:
+            continue  # the tail that was left out has come up
         if residual(pairs, optimum) < _TOLERANCE:
             break
         resolution /= 2
@@ -225,17 +283,19 @@ def _newton(
     panels = len(edges) - 1
     t, weight = nodes(edges), weights(edges)
     inner = np.diff(edges)[:, None, None] * INTEGRALS
+    previous = np.inf
     for iteration in range(1, 13):
         log_f = stages[..., 1]
         tanh, share = np.tanh(log_f / 2), expit(log_f)
         slope = _slope(pairs, t, stages, current)
         free = slope < 0.999 * np.exp(_STEEPEST)
         by_cdf = _slope(pairs, t, stages, current, dcdf=_STEP) - _slope(pairs, t, stages, current, dcdf=-_STEP)
-        by_u = _slope(pairs, t, stages, current, du=_STEP) - _slope(pairs, t, stages, current, du=-_STEP)
+        du = _STEP * np.maximum(1 - (t - stages[..., 0]) / 2, 1e-5)  # policies of high KL live close to u = 1
+        by_u = _slope(pairs, t, stages, current, du=du) - _slope(pairs, t, stages, current, du=-du)
         derivative = np.stack([tanh, slope], axis=-1)
         jacobian = np.zeros((panels, ORDER, 2, 2))
         jacobian[..., 0, 1] = (1 - tanh**2) / 2
-        jacobian[..., 1, 0] = (by_cdf - by_u) / (4 * _STEP)
+        jacobian[..., 1, 0] = by_cdf / (4 * _STEP) - by_u / (4 * du)
         jacobian[..., 1, 1] = -slope * share * free
         by_log_beta = np.stack([np.zeros_like(slope), -slope * free], axis=-1)
 
@@ -252,7 +312,7 @@ def _newton(
         transfer = np.eye(2) + gain[..., :2]
         constant = gain[..., 3] + np.einsum("pi,pia->pa", weight, derivative) - np.diff(state, axis=0)
         sensitivity = gain[..., 2] + np.einsum("pi,pia->pa", weight, by_log_beta)
-        solution = _solve_edges(transfer, constant, sensitivity, -state[0, 0], -state[-1, 0])
+        solution = _solve_edges(transfer, constant, sensitivity, -edges[0] - state[0, 0], -state[-1, 0])
         at_edges, by_beta_at_edges = solution[..., 0], solution[..., 1]
         at_stages = local[..., 3] + np.einsum("piab,pb->pia", local[..., :2], at_edges[:-1])
         by_beta_at_stages = local[..., 2] + np.einsum("piab,pb->pia", local[..., :2], by_beta_at_edges[:-1])
@@ -270,8 +330,9 @@ def _newton(
             return None
         damping = min(1, 1 / size)
         state, stages, current = state + damping * at_edges, stages + damping * at_stages, current + damping * change
-        if size < 1e-9:
+        if size < 1e-9 or previous < size < 1e-6:  # or as close as rounding lets it come
             return Optimum(edges, state, stages, float(current)), iteration
+        previous = size
     return None
 
 
@@ -300,16 +361,43 @@ def _solve_edges(transfer: Floats, constant: Floats, sensitivity: Floats, first:
 def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> Optimum:
     """The same functions on panels of equal size: in t, in L where f > 1, in log |L| where f < 1, and in log L'."""
     u, cdf, log_f = optimum.points()
+    if optimum.edges[0] > 0:
+        below = optimum.edges[0] * (1 - np.geomspace(1, 1e-4, 60))
+        u, cdf = np.r_[below, u], np.r_[np.zeros_like(below), cdf]
+        log_f = np.r_[optimum.tail(pairs, below), log_f]
     t, state = u + cdf, np.stack([cdf - u, log_f], axis=-1)
-    bend = np.arcsinh(_slope(pairs, t, state, optimum.log_beta))
+    start = _tail_end(pairs, optimum.log_beta, u, cdf, log_f)
+    t, state, log_f = t[start:], state[start:], log_f[start:]
+    bend = np.arcsinh(_BENDS * _slope(pairs, t, state, optimum.log_beta))
     middle = (log_f[1:] + log_f[:-1]) / 2
     rate = np.maximum(1 / np.hypot(1, middle), 0.15 * (middle > 0))
     steps = np.diff(t) + rate * np.abs(np.diff(log_f)) + 0.5 * np.abs(np.diff(bend))
     position = np.concatenate([[0.0], np.cumsum(steps)])
     panels = int(np.ceil(position[-1] / resolution))
     edges = np.interp(np.linspace(0, position[-1], panels + 1), position, t)
-    edges[0], edges[-1] = 0, 2
-    return Optimum(edges, _interpolate(optimum, edges), _interpolate(optimum, nodes(edges)), optimum.log_beta)
+    edges[0], edges[-1] = t[0], 2
+    states, stages = _extend(pairs, optimum, edges), _extend(pairs, optimum, nodes(edges))
+    return Optimum(edges, states, stages, optimum.log_beta)
+
+
+def _tail_end(pairs: tuple[Pairing, ...], log_beta: float, u: Floats, cdf: Floats, log_f: Floats) -> int:
+    """The last of these points up to which f is negligible, and F too on the right-hand side of (5); 0 if none is."""
+    cdf = np.minimum(cdf, u * np.exp(log_f))  # f increases
+    change = np.exp(np.minimum(log_kernel(pairs, cdf, u) - log_beta, _STEEPEST)) - np.exp(
+        np.minimum(log_kernel(pairs, np.zeros_like(u), u) - log_beta, _STEEPEST)
+    )
+    empty = (log_f < _DEEP) & (np.abs(change) * u < 1e-12)
+    return max(int(np.argmin(empty)) - 1, 0)
+
+
+def _extend(pairs: tuple[Pairing, ...], optimum: Optimum, t: Floats) -> Floats:
+    """(d, L) at any t, in the tail too: shape t.shape + (2,)."""
+    first = optimum.edges[0]
+    inside = _interpolate(optimum, np.maximum(t, first))
+    if first == 0:
+        return inside
+    outside = np.stack([-t, optimum.tail(pairs, np.minimum(t, first))], axis=-1)
+    return np.where((t < first)[..., None], outside, inside)
 
 
 def _interpolate(optimum: Optimum, t: Floats) -> Floats:
@@ -317,7 +405,7 @@ def _interpolate(optimum: Optimum, t: Floats) -> Floats:
     edges = optimum.edges
     panel = np.clip(np.searchsorted(edges, t, side="right") - 1, 0, len(edges) - 2)
     where = (t - edges[panel]) / np.diff(edges)[panel]
-    difference = where[..., None] - np.r_[0, NODES]
+    difference = where[..., None] - _POINTS
     pull = _BARYCENTRIC / np.where(difference == 0, 1e-30, difference)
     values = np.concatenate([optimum.state[:-1, None], optimum.stages], axis=1)[panel]
     return np.einsum("...i,...ia->...a", pull, values) / np.sum(pull, axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ from math import isfinite
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, betaln, xlog1py, xlogy
+from scipy.special import betainc, betaincc, betaln, xlog1py, xlogy
 
 from iapo.errors import UserError
 from iapo.syntax import Reader, number
@@ -27,6 +27,11 @@ class Procedure:
     def log_density(self, p: ArrayLike) -> Floats:
         """log h'(p); minus infinity where h' is zero."""
         raise NotImplementedError
+
+    def log_survival(self, p: ArrayLike) -> Floats:
+        """log(1 - h(p)); worth a formula of its own where 1 - h becomes smaller than rounding errors of h."""
+        with np.errstate(divide="ignore"):
+            return np.log1p(-self.cdf(p))
 
     def density(self, p: ArrayLike) -> Floats:
         """h'(p)."""
@@ -78,6 +83,9 @@ class WorstOf(Procedure):
     def cdf(self, p: ArrayLike) -> Floats:
         return -np.expm1(xlog1py(self.n, -np.asarray(p, float)))
 
+    def log_survival(self, p: ArrayLike) -> Floats:
+        return xlog1py(self.n, -np.asarray(p, float))
+
     def log_density(self, p: ArrayLike) -> Floats:
         return np.log(self.n) + xlog1py(self.n - 1, -np.asarray(p, float))
 
@@ -100,6 +108,10 @@ class Kth(Procedure):
 
     def cdf(self, p: ArrayLike) -> Floats:
         return betainc(self.k, self.n - self.k + 1, p)
+
+    def log_survival(self, p: ArrayLike) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.log(betaincc(self.k, self.n - self.k + 1, p))
 
     def log_density(self, p: ArrayLike) -> Floats:
         p = np.asarray(p, float)
@@ -148,6 +160,10 @@ class Mixture(Procedure):
 
     def cdf(self, p: ArrayLike) -> Floats:
         return np.asarray(sum(weight * procedure.cdf(p) for weight, procedure in self.parts))
+
+    def log_survival(self, p: ArrayLike) -> Floats:
+        terms = [np.log(weight) + procedure.log_survival(p) for weight, procedure in self.parts]
+        return np.logaddexp.reduce(np.stack(terms))
 
     def log_density(self, p: ArrayLike) -> Floats:
         terms = [np.log(weight) + procedure.log_density(p) for weight, procedure in self.parts]
