@@ -13,6 +13,7 @@ with procedure a for the policy and b for its opponent, the reference. Everythin
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +24,10 @@ from scipy.special import logsumexp
 from iapo import optimum as optima
 from iapo.densities import Density, cells, log_integral
 from iapo.errors import UserError
-from iapo.procedures import Pairing, Procedure, as_procedure, pairings
+from iapo.functionals import Profile, Variation, first_order_of, output_of
+from iapo.functionals import corners as corners_of
+from iapo.paths import along, at_beta
+from iapo.procedures import Functional, Pairing, Procedure, as_procedure, pairings
 from iapo.quadrature import cumulative, nodes, weights
 from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 
@@ -144,8 +148,8 @@ def frontier(
 def _win_rates(procedure: Procedure, opponent: Procedure, transform: AnyTransform, kls: Floats) -> Floats:
     """The win rates of a transform at increasing KLs."""
     if isinstance(transform, Optimal):
-        pairs = pairings(procedure, opponent)
-        return np.array([optima.win_rate(pairs, best) for best in optima.along(pairs, [float(kl) for kl in kls])])
+        solver = _solver(pairings(procedure, opponent))
+        return np.array([solver.win_rate(best) for best in along(solver, [float(kl) for kl in kls])])
     return np.array([solve(procedure, opponent, transform, target_kl=float(kl)).win_rate for kl in kls])
 
 
@@ -155,9 +159,8 @@ def win_rate_of_cdf(
     """(4) for any policy, given the CDF of its calibrated reward; `corners` are the u where the CDF is not smooth."""
     policy = as_procedure(procedure)
     pairs = pairings(policy, policy if opponent is None else as_procedure(opponent))
-    edges = cells(lambda u: np.zeros_like(u), np.asarray(corners, float))
-    u = nodes(edges)
-    return float(1 - np.sum(weights(edges) * _loss(pairs, cdf(u), u)))
+    edges = cells(lambda u: np.zeros_like(u), np.r_[np.asarray(corners, float), corners_of(pairs)])
+    return float(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))))
 
 
 @lru_cache(maxsize=1024)
@@ -166,37 +169,58 @@ def _solve(
 ) -> ClosedForm:
     pairs = pairings(procedure, opponent)
     if isinstance(transform, Optimal):
-        best = optima.at_beta(pairs, beta) if beta is not None else optima.at_kl(pairs, float(target_kl or 0))
-        density = _density_of(pairs, best)
+        solver = _solver(pairs)
+        best = at_beta(solver, beta) if beta is not None else along(solver, [float(target_kl or 0)])[0]
+        density = _profile_density(best) if isinstance(best, Profile) else _density_of(pairs, best)
         return ClosedForm(
             procedure,
             opponent,
             transform,
             beta=float(np.exp(best.log_beta)) if beta is None else beta,
             kl=best.kl,
-            win_rate=optima.win_rate(pairs, best),
-            log_partition=-float(best.state[0, 1]),
+            win_rate=solver.win_rate(best),
+            log_partition=-float(density.log_f(np.zeros(()))),
             _density=density,
         )
     phi = _first_order(pairs) if isinstance(transform, FirstOrder) else transform
-    scale = beta if beta is not None else _beta_at(phi, str(transform), float(target_kl or 0))
-    density, log_partition, kl, cdf, u = _given(phi, scale)
+    breaks = np.r_[getattr(phi, "corners", np.empty(0)), corners_of(pairs)]
+    scale = beta if beta is not None else _beta_at(phi, breaks, str(transform), float(target_kl or 0))
+    density, log_partition, kl = _given(phi, breaks, scale)
     return ClosedForm(
         procedure,
         opponent,
         transform,
         beta=scale,
         kl=kl,
-        win_rate=float(1 - np.sum(weights(density.edges) * _loss(pairs, cdf, u))),
+        win_rate=float(1 - np.sum(weights(density.edges) * _loss(pairs, density.cdf, nodes(density.edges)))),
         log_partition=log_partition,
         _density=density,
     )
 
 
-def _loss(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
-    """The integrand of (4): sum of weight h_a(F(u)) h_b'(u)."""
-    cdf = np.clip(cdf, 0, 1)
-    return np.asarray(sum(weight * a.cdf(cdf) * b.density(u) for weight, a, b in pairs))
+def _solver(pairs: tuple[Pairing, ...]) -> Any:
+    """What solves (5) for these procedures."""
+    functional = any(isinstance(one, Functional) for _, *both in pairs for one in both)
+    return Variation(pairs) if functional else optima.Collocation(pairs)
+
+
+def _loss(pairs: tuple[Pairing, ...], cdf: Function, u: Floats) -> Floats:
+    """The integrand of (4): sum of weight h_a(F(u)) h_b'(u), or what takes the place of h_a(F(u))."""
+
+    def inside(u: ArrayLike) -> Floats:
+        return np.clip(cdf(u), 0, 1)
+
+    at = inside(u)
+    outputs = (output_of(a, inside, u) if isinstance(a, Functional) else a.cdf(at) for _, a, _ in pairs)
+    return np.asarray(sum(w * output * b.density(u) for output, (w, _, b) in zip(outputs, pairs, strict=True)))
+
+
+def _profile_density(profile: Profile) -> Density:
+    """The density of the optimum for functionals."""
+    log_mass = logsumexp(profile.log_f + np.log(weights(profile.edges)), axis=1)[::-1]
+    edges, cell = np.unique(1 - profile.edges[::-1], return_inverse=True)  # cells that u can tell apart
+    log_mass = np.array([logsumexp(log_mass[cell[1:] == i]) for i in range(1, len(edges))])
+    return Density(profile, edges, log_mass - logsumexp(log_mass))
 
 
 def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
@@ -228,6 +252,8 @@ def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
 
 def _first_order(pairs: tuple[Pairing, ...]) -> Function:
     """Phi of (7), with Phi(0) = 0."""
+    if isinstance(_solver(pairs), Variation):
+        return first_order_of(pairs)
 
     def log_slope(u: Floats) -> Floats:
         return optima.log_kernel(pairs, u, u)
@@ -243,28 +269,26 @@ def _first_order(pairs: tuple[Pairing, ...]) -> Function:
     return CubicHermiteSpline(u[distinct], phi[distinct], np.exp(log_slope(u[distinct])))
 
 
-def _given(phi: Function, beta: float) -> tuple[Density, float, float, Floats, Floats]:
-    """(1) and (2) for a plain transform: the density, log Z, the KL, and F(u) at the nodes u of the density's cells."""
-    breaks = getattr(phi, "corners", np.empty(0))
+def _given(phi: Function, breaks: Floats, beta: float) -> tuple[Density, float, float]:
+    """(1) and (2) for a plain transform, not smooth at the breaks: the density, log Z and the KL."""
     edges = cells(lambda u: phi(u) / beta, breaks)
     u = nodes(edges)
     exponent = phi(u) / beta
     log_weight = np.log(weights(edges)) + exponent
     log_partition = float(logsumexp(log_weight))
     kl = float(np.sum(np.exp(log_weight - log_partition) * (exponent - log_partition)))
-    cdf = cumulative(edges, np.exp(exponent - log_partition))[1]
 
     def log_f(u: Floats) -> Floats:
         return phi(u) / beta - log_partition
 
-    return Density(log_f, edges, logsumexp(log_weight, axis=1) - log_partition), log_partition, kl, cdf, u
+    return Density(log_f, edges, logsumexp(log_weight, axis=1) - log_partition), log_partition, kl
 
 
-def _beta_at(phi: Function, name: str, target_kl: float) -> float:
+def _beta_at(phi: Function, breaks: Floats, name: str, target_kl: float) -> float:
     """The beta of a plain transform at a KL: the KL decreases with beta."""
 
     def excess(log_beta: float) -> float:
-        return np.log(_given(phi, np.exp(log_beta))[2] / target_kl)
+        return np.log(_given(phi, breaks, np.exp(log_beta))[2] / target_kl)
 
     u = nodes(cells(lambda u: np.zeros_like(u), np.empty(0)))
     middle = np.log(np.std(phi(u)))

@@ -13,15 +13,13 @@ condition on the KL, and continuation from the small-KL limit (7). A fixed point
 Where f is zero to double precision F is zero, and (5) is an integral: such a tail at small u is left out of the panels.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.linalg import solve_banded
 from scipy.special import expit, log_expit
 
-from iapo.errors import UserError
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import INTEGRALS, NODES, ORDER, cumulative, nodes, weights
 
@@ -111,50 +109,36 @@ def win_rate(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
     return float(1 - np.sum(weights(optimum.edges) * expit(-log_f) * loss))
 
 
-def at_kl(pairs: tuple[Pairing, ...], kl: float) -> Optimum:
-    """The optimum at this KL, in nats."""
-    return along(pairs, [kl])[0]
+@dataclass(frozen=True)
+class Collocation:
+    """The solver of `iapo.paths` for pairs of pointwise procedures."""
 
+    pairs: tuple[Pairing, ...]
 
-def along(pairs: tuple[Pairing, ...], kls: Sequence[float]) -> list[Optimum]:
-    """The optima at these KLs, increasing, in one pass."""
-    path = _follow(pairs, _start(pairs, kls[0]), kls)
-    return [_refine(pairs, optimum, kl=kl) or optimum for kl, optimum in path if kl in kls]
+    def start(self, kl: float, log_beta: float | None = None) -> Optimum:
+        return _start(self.pairs, kl, log_beta)
 
+    def advance(self, optimum: Optimum, kl: float, rate: float) -> tuple[Optimum, int] | None:
+        guess = _squeezed(optimum, kl - optimum.kl, rate)
+        return _newton(self.pairs, _remesh(self.pairs, guess, 2 * _RESOLUTION), kl=kl)
 
-def at_beta(pairs: tuple[Pairing, ...], beta: float) -> Optimum:
-    """The stationary point at this beta with the largest W - beta KL.
+    def refine(self, optimum: Optimum, kl: float | None = None, log_beta: float | None = None) -> Optimum | None:
+        """On panels halved until the equations hold between the nodes."""
+        resolution = _RESOLUTION
+        for _ in range(5):
+            found = _newton(self.pairs, _remesh(self.pairs, optimum, resolution), kl, log_beta)
+            if found is None:
+                return None
+            optimum = found[0]
+            if optimum.edges[0] > 0 and optimum.state[0, 1] > 0.75 * _DEEP:
+                continue  # the tail that was left out has come up
+            if residual(self.pairs, optimum) < _TOLERANCE:
+                break
+            resolution /= 2
+        return optimum
 
-    The path of increasing KL crosses beta at each of them, and ends once 1 - beta KL, a bound, is below the best.
-    """
-    log_beta = np.log(beta)
-    optimum = _start(pairs, np.inf, log_beta)
-    best, best_value = None, -np.inf
-    for kl, following in _follow(pairs, optimum):
-        if 1 - beta * kl < best_value:
-            break
-        if (optimum.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
-            crossing = _crossing(pairs, optimum, following, log_beta)
-            value = win_rate(pairs, crossing) - beta * crossing.kl
-            if value > best_value:
-                best, best_value = crossing, value
-        optimum = following
-    assert best is not None
-    return best
-
-
-def _crossing(pairs: tuple[Pairing, ...], low: Optimum, high: Optimum, log_beta: float) -> Optimum:
-    """The optimum at log_beta between two optima on either side: Newton, or else halve the interval of KLs."""
-    near, far = sorted((low, high), key=lambda optimum: abs(optimum.log_beta - log_beta))
-    found = _refine(pairs, near, log_beta=log_beta)
-    if found:
-        return found
-    middle_kl = float(np.sqrt(low.kl * high.kl))
-    middle = _refine(pairs, near, kl=middle_kl)
-    if middle is None:
-        raise UserError(f"no optimum was found near {middle_kl:.4g} nats; ask for a smaller KL or a larger beta")
-    on_the_near_side = (middle.log_beta - log_beta) * (near.log_beta - log_beta) > 0
-    return _crossing(pairs, middle, far if on_the_near_side else near, log_beta)
+    def win_rate(self, optimum: Optimum) -> float:
+        return win_rate(self.pairs, optimum)
 
 
 def residual(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
@@ -205,35 +189,6 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
     return found[0]
 
 
-def _follow(
-    pairs: tuple[Pairing, ...], optimum: Optimum, stops: Sequence[float] = ()
-) -> Iterator[tuple[float, Optimum]]:
-    """(KL, optimum) from `optimum` to the last of the increasing stops, or for ever, in steps that Newton can take."""
-    kl = optimum.kl
-    ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
-    if len(ahead) < len(stops):
-        yield stops[0], optimum
-    factor, rate = 8.0, 0.0
-    while ahead or not stops:
-        target = min(kl * factor, ahead[0]) if ahead else kl * factor
-        guess = _remesh(pairs, _squeezed(optimum, target - kl, rate), 2 * _RESOLUTION)
-        found = _newton(pairs, guess, kl=target)
-        if found is None:
-            factor = factor**0.5
-            if factor < 1.0001:
-                raise UserError(
-                    f"no optimum was found at more than {kl:.4g} nats; ask for a smaller KL or a larger beta"
-                )
-            continue
-        rate = (found[0].log_beta - optimum.log_beta) / (target - kl)
-        optimum, iterations = found
-        kl = target
-        yield kl, optimum
-        if ahead and kl == ahead[0]:
-            ahead.pop(0)
-        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
-
-
 def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
     """A guess at `more` nats beyond an optimum, where log beta changes at `rate`.
 
@@ -251,24 +206,6 @@ def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
         return np.stack([there - 2 + (2 - here + d) * np.exp(-more), log_f + more], axis=-1)
 
     return Optimum(edges, at(edges), at(nodes(edges)), optimum.log_beta + rate * more)
-
-
-def _refine(
-    pairs: tuple[Pairing, ...], optimum: Optimum, kl: float | None = None, log_beta: float | None = None
-) -> Optimum | None:
-    """The same optimum at exactly the given KL or log beta, on panels halved until the equations hold between nodes."""
-    resolution = _RESOLUTION
-    for _ in range(5):
-        found = _newton(pairs, _remesh(pairs, optimum, resolution), kl, log_beta)
-        if found is None:
-            return None
-        optimum = found[0]
-        if optimum.edges[0] > 0 and optimum.state[0, 1] > 0.75 * _DEEP:
-            continue  # the tail that was left out has come up
-        if residual(pairs, optimum) < _TOLERANCE:
-            break
-        resolution /= 2
-    return optimum
 
 
 def _newton(

@@ -2,10 +2,15 @@
 
 A procedure that looks only at ranks turns the CDF F of one sample's calibrated reward into h(F). A new one is a frozen
 dataclass with `cdf` (h) and `log_density` (log h'); everything else, solver included, follows from these two.
+
+Where no such h exists, because what comes out at u depends on more of F than F(u), a new one is a `Functional`: a
+frozen dataclass with `output_cdf`, whose derivative is taken by automatic differentiation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +18,9 @@ from scipy.special import betainc, betaincc, betaln, xlog1py, xlogy
 
 from iapo.errors import UserError
 from iapo.syntax import Reader, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float64]
 
@@ -36,6 +44,33 @@ class Procedure:
     def density(self, p: ArrayLike) -> Floats:
         """h'(p)."""
         return np.exp(self.log_density(p))
+
+
+class Functional(Procedure):
+    """A procedure whose output's CDF is a functional of F. `cdf` and `log_density` are its law under the reference.
+
+    So they serve for an opponent only; what is drawn from a policy follows from `output_cdf`.
+    """
+
+    @property
+    def corners(self) -> tuple[float, ...]:
+        """The u inside (0, 1) where the output's CDF is not smooth, or that it depends on by themselves."""
+        return ()
+
+    def output_cdf(self, cdf: "Callable[[Any], Tensor]", u: "Tensor") -> "Tensor":
+        """P(output <= u) as a torch expression of F: `cdf` takes u itself, a number or a tensor of fixed points."""
+        raise NotImplementedError
+
+    def cdf(self, p: ArrayLike) -> Floats:
+        from iapo.functionals import law
+
+        return law(self, p)[0]
+
+    def log_density(self, p: ArrayLike) -> Floats:
+        from iapo.functionals import law
+
+        with np.errstate(divide="ignore"):
+            return np.log(law(self, p)[1])
 
 
 @dataclass(frozen=True)
@@ -144,6 +179,49 @@ class BestOfPoisson(Procedure):
 
 
 @dataclass(frozen=True)
+class EarlyStop(Functional):
+    """Draw until a calibrated reward is at least tau, at most n times; the best if none is.
+
+    With q = F(tau), the output is the best of n below tau with probability q^n, else a draw from above tau:
+    F(u)^n below tau and 1 - (1 - F(u)) (1 - q^n) / (1 - q) above.
+    """
+
+    n: int
+    tau: float
+
+    def __post_init__(self) -> None:
+        _require_count("early_stop", "n", self.n)
+        if not 0 < self.tau < 1:
+            raise UserError(f"early_stop({self.n}, {number(self.tau)}): tau must be a quantile between 0 and 1")
+
+    @property
+    def corners(self) -> tuple[float, ...]:
+        return (self.tau,)
+
+    def output_cdf(self, cdf: "Callable[[Any], Tensor]", u: "Tensor") -> "Tensor":
+        import torch
+
+        q, p = cdf(self.tau), cdf(u)
+        draws = (1 - q**self.n) / (1 - q)  # their expected number
+        return torch.where(u < self.tau, p**self.n, 1 - (1 - p) * draws)
+
+    def cdf(self, p: ArrayLike) -> Floats:
+        p = np.asarray(p, float)
+        return np.where(p < self.tau, p**self.n, 1 - (1 - p) * self._draws)
+
+    def log_density(self, p: ArrayLike) -> Floats:
+        p = np.asarray(p, float)
+        return np.where(p < self.tau, np.log(self.n) + xlogy(self.n - 1, p), np.log(self._draws))
+
+    @property
+    def _draws(self) -> float:
+        return (1 - self.tau**self.n) / (1 - self.tau)
+
+    def __str__(self) -> str:
+        return f"early_stop({self.n}, {number(self.tau)})"
+
+
+@dataclass(frozen=True)
 class Mixture(Procedure):
     """A deployment drawn at random: `parts` holds (weight, procedure) pairs, the weights summing to 1."""
 
@@ -198,17 +276,28 @@ def best_of_poisson(mu: float) -> BestOfPoisson:
     return BestOfPoisson(mu)
 
 
+def early_stop(n: int, tau: float) -> EarlyStop:
+    """Draw until a calibrated reward is at least tau, at most n times; the best if none is."""
+    return EarlyStop(n, tau)
+
+
 def mixture(*terms: tuple[float, Procedure]) -> Mixture:
     """A deployment drawn at random: mixture((0.5, sample()), (0.5, best_of(8)))."""
     return Mixture(terms)
 
 
-_CONSTRUCTORS = {"sample": Sample, "best_of": BestOf, "worst_of": WorstOf, "kth": Kth, "best_of_poisson": BestOfPoisson}
-_PARAMETERS = {"sample": (), "best_of": ("n",), "worst_of": ("n",), "kth": ("k", "n"), "best_of_poisson": ("mu",)}
+_CONSTRUCTORS: dict[str, type[Procedure]] = {
+    "sample": Sample,
+    "best_of": BestOf,
+    "worst_of": WorstOf,
+    "kth": Kth,
+    "best_of_poisson": BestOfPoisson,
+    "early_stop": EarlyStop,
+}
 
 
 def parse_procedure(text: str) -> Procedure:
-    """Read a procedure: sample, best_of(4), worst_of(4), kth(3, 5), best_of_poisson(3), 0.5 sample + 0.5 best_of(8).
+    """Read a procedure: sample, best_of(4), worst_of(4), kth(3, 5), best_of_poisson(3), early_stop(8, 0.8), mixtures.
 
     Raises UserError, pointing at the offending character.
     """
@@ -232,7 +321,7 @@ def _term(reader: Reader) -> tuple[float | None, Procedure]:
     if weight:
         reader.take("sign", "*")
     name, arguments = reader.call(_CONSTRUCTORS)
-    parameters = _PARAMETERS[name.text]
+    parameters = [field.name for field in fields(_CONSTRUCTORS[name.text])]  # type: ignore[arg-type]
     if len(arguments) != len(parameters):
         needed = f"needs {name.text}({', '.join(parameters)})" if parameters else "takes no arguments"
         raise reader.error(name.position, f"{name.text} {needed}, {len(arguments)} given")

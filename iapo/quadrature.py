@@ -9,11 +9,16 @@ ORDER = 8
 _x, _w = np.polynomial.legendre.leggauss(ORDER)
 NODES: Floats = np.asarray((_x + 1) / 2, float)  # in [0, 1], shape (ORDER,)
 WEIGHTS: Floats = np.asarray(_w / 2, float)
-_powers = np.arange(1.0, ORDER + 1)
-# INTEGRALS[i, j]: integral from 0 to NODES[i] of the j-th Lagrange polynomial; exact for polynomials of degree < ORDER.
-INTEGRALS: Floats = np.linalg.solve(
-    np.vander(NODES, ORDER, increasing=True).T, (NODES[:, None] ** _powers / _powers).T
-).T
+
+
+def partial_integrals(x: Floats) -> Floats:
+    """Integral from 0 to x of each Lagrange polynomial of the nodes, (..., ORDER); exact for degrees < ORDER."""
+    powers = np.arange(1.0, ORDER + 1)
+    moments = np.asarray(x, float)[..., None] ** powers / powers
+    return moments @ np.linalg.inv(np.vander(NODES, ORDER, increasing=True))
+
+
+INTEGRALS: Floats = partial_integrals(NODES)
 
 
 def nodes(edges: Floats) -> Floats:

@@ -1,0 +1,107 @@
+"""Following the stationary points of W - beta KL from the small-KL limit (7) to a KL or a beta.
+
+Both solvers, of the pointwise procedures (`iapo.optimum`) and of functionals (`iapo.functionals`), step along the same
+path, on which the KL increases and beta need not decrease.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from iapo.errors import UserError
+
+
+class Stationary(Protocol):
+    """A stationary point: its KL in nats and log beta."""
+
+    log_beta: float
+
+    @property
+    def kl(self) -> float: ...
+
+
+S = TypeVar("S", bound=Stationary)
+
+
+class Solver(Protocol[S]):
+    """What a path needs to know of the equations."""
+
+    def start(self, kl: float, log_beta: float | None = None) -> S:
+        """The small-KL limit, at `kl` or above `log_beta`, or at less KL if that is large."""
+
+    def advance(self, point: S, kl: float, rate: float) -> tuple[S, int] | None:
+        """The stationary point at another KL and the iterations it took, where d log beta / d KL is about `rate`."""
+
+    def refine(self, point: S, kl: float | None = None, log_beta: float | None = None) -> S | None:
+        """The point at exactly this KL or log beta, to full accuracy."""
+
+    def win_rate(self, point: S) -> float:
+        """(4)."""
+
+
+def along(solver: Solver[S], kls: Sequence[float]) -> list[S]:
+    """The optima at these KLs (nats), increasing, in one pass."""
+    path = _follow(solver, solver.start(kls[0]), kls)
+    return [solver.refine(point, kl=kl) or point for kl, point in path if kl in kls]
+
+
+def at_beta(solver: Solver[S], beta: float) -> S:
+    """The stationary point at this beta with the largest W - beta KL.
+
+    The path of increasing KL crosses beta at each of them, and ends once 1 - beta KL, a bound, is below the best.
+    """
+    log_beta = float(np.log(beta))
+    point = solver.start(np.inf, log_beta)
+    best, best_value = None, -np.inf
+    for kl, following in _follow(solver, point):
+        if 1 - beta * kl < best_value:
+            break
+        if (point.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
+            crossing = _crossing(solver, point, following, log_beta)
+            value = solver.win_rate(crossing) - beta * crossing.kl
+            if value > best_value:
+                best, best_value = crossing, value
+        point = following
+    assert best is not None
+    return best
+
+
+def _crossing(solver: Solver[S], low: S, high: S, log_beta: float) -> S:
+    """The optimum at log_beta between two optima on either side: Newton, or else halve the interval of KLs."""
+    near, far = sorted((low, high), key=lambda point: abs(point.log_beta - log_beta))
+    found = solver.refine(near, log_beta=log_beta)
+    if found:
+        return found
+    middle_kl = float(np.sqrt(low.kl * high.kl))
+    middle = solver.refine(near, kl=middle_kl)
+    if middle is None:
+        raise UserError(f"no optimum was found near {middle_kl:.4g} nats; ask for a smaller KL or a larger beta")
+    on_the_near_side = (middle.log_beta - log_beta) * (near.log_beta - log_beta) > 0
+    return _crossing(solver, middle, far if on_the_near_side else near, log_beta)
+
+
+def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterator[tuple[float, S]]:
+    """(KL, optimum) from `point` to the last of the increasing stops, or for ever, in steps that Newton can take."""
+    kl = point.kl
+    ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
+    if len(ahead) < len(stops):
+        yield stops[0], point
+    factor, rate = 8.0, 0.0
+    while ahead or not stops:
+        target = min(kl * factor, ahead[0]) if ahead else kl * factor
+        found = solver.advance(point, target, rate)
+        if found is None:
+            factor = factor**0.5
+            if factor < 1.0001:
+                raise UserError(
+                    f"no optimum was found at more than {kl:.4g} nats; ask for a smaller KL or a larger beta"
+                )
+            continue
+        rate = (found[0].log_beta - point.log_beta) / (target - kl)
+        point, iterations = found
+        kl = target
+        yield kl, point
+        if ahead and kl == ahead[0]:
+            ahead.pop(0)
+        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
