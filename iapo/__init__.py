@@ -5,7 +5,18 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "iapo.procedures": ("sample", "best_of", "worst_of", "kth", "best_of_poisson", "mixture", "parse_procedure"),
+    "iapo.procedures": (
+        "sample",
+        "best_of",
+        "worst_of",
+        "kth",
+        "best_of_poisson",
+        "early_stop",
+        "mixture",
+        "Functional",
+        "Procedure",
+        "parse_procedure",
+    ),
     "iapo.transforms": ("identity", "exp_tilt", "log", "first_order", "optimal", "table", "parse_transform"),
     "iapo.closed_form": (
         "ClosedForm",

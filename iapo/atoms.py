@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from iapo.closed_form import ClosedForm
 from iapo.errors import UserError
-from iapo.procedures import Pairing, pairings
+from iapo.procedures import Pairing, has_functional, pairings
 from iapo.transforms import Optimal
 
 Floats = NDArray[np.float64]
@@ -47,7 +47,8 @@ def atom_log_density(masses: ArrayLike, form: ClosedForm) -> Floats:
     masses: (prompts, atoms) masses or counts under the reference, in increasing order of reward; a row may be padded
     with zeros, whose log f is without meaning. Returns the same shape. Each distinct row is solved once.
 
-    For the optimal transform this is (8) at the beta of `form`; for the others, the log of the mean of f over the
+    For the optimal transform this is (8) at the beta of `form`; for the others, and for procedures that are functionals
+    of F, to which (8) does not apply, the log of the mean of f over the
     interval of calibrated rewards that the atom covers. Sum of p_j f_j is 1 in both. Raises UserError on a row that is
     negative or sums to nothing.
     """
@@ -58,8 +59,9 @@ def atom_log_density(masses: ArrayLike, form: ClosedForm) -> Floats:
         )
     rows, inverse = np.unique(masses, axis=0, return_inverse=True)
     rows = rows / rows.sum(axis=1, keepdims=True)
-    if isinstance(form.transform, Optimal):
-        log_f = _optimum(rows, pairings(form.procedure, form.opponent), form.beta)
+    pairs = pairings(form.procedure, form.opponent)
+    if isinstance(form.transform, Optimal) and not has_functional(pairs):
+        log_f = _optimum(rows, pairs, form.beta)
     else:
         high = np.minimum(np.cumsum(rows, axis=1), 1)
         log_f = form.log_mean_density(np.maximum(high - rows, 0), high)

@@ -27,7 +27,7 @@ from iapo.errors import UserError
 from iapo.functionals import Profile, Variation, first_order_of, output_of
 from iapo.functionals import corners as corners_of
 from iapo.paths import along, at_beta
-from iapo.procedures import Functional, Pairing, Procedure, as_procedure, pairings
+from iapo.procedures import Functional, Pairing, Procedure, as_procedure, has_functional, pairings
 from iapo.quadrature import cumulative, nodes, weights
 from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 
@@ -200,8 +200,7 @@ def _solve(
 
 def _solver(pairs: tuple[Pairing, ...]) -> Any:
     """What solves (5) for these procedures."""
-    functional = any(isinstance(one, Functional) for _, *both in pairs for one in both)
-    return Variation(pairs) if functional else optima.Collocation(pairs)
+    return Variation(pairs) if has_functional(pairs) else optima.Collocation(pairs)
 
 
 def _loss(pairs: tuple[Pairing, ...], cdf: Function, u: Floats) -> Floats:
@@ -242,17 +241,17 @@ def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
     if start == 0:
         return Density(spline, u, log_mass)
 
-    def log_f(u: Floats) -> Floats:
+    def log_density(u: Floats) -> Floats:
         return np.where(u < start, optimum.tail(pairs, np.minimum(u, start)), spline(np.maximum(u, start)))
 
     tail = start * cells(lambda x: np.maximum(optimum.tail(pairs, start * x), _DEEPEST), np.empty(0))
     tail[-1] = start
-    return Density(log_f, np.r_[tail[:-1], u], np.r_[log_integral(log_f, tail[:-1], tail[1:]), log_mass])
+    return Density(log_density, np.r_[tail[:-1], u], np.r_[log_integral(log_density, tail[:-1], tail[1:]), log_mass])
 
 
 def _first_order(pairs: tuple[Pairing, ...]) -> Function:
     """Phi of (7), with Phi(0) = 0."""
-    if isinstance(_solver(pairs), Variation):
+    if has_functional(pairs):
         return first_order_of(pairs)
 
     def log_slope(u: Floats) -> Floats:

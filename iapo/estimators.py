@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from iapo.errors import UserError
-from iapo.procedures import BestOf, Kth, Mixture, Procedure, Sample, WorstOf
+from iapo.procedures import BestOf, EarlyStop, Functional, Kth, Mixture, Procedure, Sample, WorstOf
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,20 +29,25 @@ def draws(procedure: Procedure) -> int | None:
     match procedure:
         case Sample():
             return 1
-        case BestOf(n=n) | WorstOf(n=n) | Kth(n=n):
+        case BestOf(n=n) | WorstOf(n=n) | Kth(n=n) | EarlyStop(n=n):
             return n
         case Mixture(parts=parts):
             return max((draws(part) or 0 for _, part in parts), default=0) or None
     return None
 
 
-def order_weights(procedure: Procedure, samples: int) -> Floats:
+def order_weights(procedure: Procedure, places: Floats) -> Floats:
     """P(the procedure returns the i-th smallest of m samples), [m], for a random subset of the samples it draws.
 
+    places [m]: their calibrated rewards, in any order; only early_stop looks at more than their number.
+
     The i-th smallest of m is the k-th smallest of a random n-subset with probability
-    C(i − 1, k − 1)·C(m − i, n − k)/C(m, n), so statistics with these weights are unbiased U-statistics. A procedure
-    that draws no fixed number is taken over the samples as they are: h(i/m) − h((i − 1)/m).
+    C(i − 1, k − 1)·C(m − i, n − k)/C(m, n), so statistics with these weights are unbiased U-statistics. early_stop draws
+    such a subset in random order: where all n are below tau the best of them comes out, else the first that is not,
+    which is any of those at tau or above. A procedure that draws no fixed number is taken over the samples as they
+    are: h(i/m) − h((i − 1)/m). UserError for other functionals of F, which have no h.
     """
+    samples = len(places)
     match procedure:
         case Sample():
             return np.full(samples, 1 / samples)
@@ -52,6 +57,14 @@ def order_weights(procedure: Procedure, samples: int) -> Floats:
             return _kth_weights(1, n, samples, procedure)
         case Kth(k=k, n=n):
             return _kth_weights(k, n, samples, procedure)
+        case EarlyStop(n=n, tau=tau):
+            _require_samples(n, samples, procedure)
+            below = int(np.sum(places < tau))
+            weights = np.array([comb(i, n - 1) / comb(samples, n) if i < below else 0.0 for i in range(samples)])
+            weights[below:] = (1 - comb(below, n) / comb(samples, n)) / max(samples - below, 1)
+            return weights
+        case Functional():
+            raise UserError(f"{procedure}: no estimator of its win rate from samples; add a case to order_weights")
     return np.diff(procedure.cdf(np.linspace(0, 1, samples + 1)))
 
 
@@ -77,10 +90,14 @@ def mean_over_prompts(values: Floats, seed: int = 0) -> Estimate:
 
 
 def _kth_weights(k: int, n: int, samples: int, procedure: Procedure) -> Floats:
+    _require_samples(n, samples, procedure)
+    subsets = comb(samples, n)
+    return np.array([comb(i - 1, k - 1) * comb(samples - i, n - k) / subsets for i in range(1, samples + 1)])
+
+
+def _require_samples(n: int, samples: int, procedure: Procedure) -> None:
     if samples < n:
         raise UserError(
             f"{procedure} draws {n} and there are {samples} samples a prompt; expected at least {n}: "
             "raise sample.samples_per_prompt and evaluate.samples_per_prompt"
         )
-    subsets = comb(samples, n)
-    return np.array([comb(i - 1, k - 1) * comb(samples - i, n - k) / subsets for i in range(1, samples + 1)])

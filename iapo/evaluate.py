@@ -178,9 +178,11 @@ def prompt_win_rates(
     values = []
     for prompt_id, group in rows.groupby("prompt_id"):
         mine, theirs = group["reward"].to_numpy(), reference[str(prompt_id)]
+        my_places = place(theirs, mine, among=False).calibrated
+        their_places = place(theirs, theirs, among=True).calibrated
         values.append(
             sum(
-                weight * prompt_win_rate(mine, theirs, order_weights(a, len(mine)), order_weights(b, len(theirs)))
+                weight * prompt_win_rate(mine, theirs, order_weights(a, my_places), order_weights(b, their_places))
                 for weight, a, b in pairings(procedure, opponent)
             )
         )

@@ -25,7 +25,10 @@ Floats = NDArray[np.float64]
 _STEP = 1e-6  # of the central differences of h'
 _TOLERANCE = 1e-9  # of `residual`
 _ROUGHLY = 1e-4  # of `residual` on the way
+_TOP_MASS = 0.05  # of the last panel before u = 1, where the policy of a higher KL is steeper
 _AWRY = 0.1  # of `residual`, where the panels are too coarse for the step
+_HIGHEST = 1 - 1e-7  # win rate beyond which Phi / beta loses its digits
+_DEEP, _TAIL = -60.0, 1e-4  # log f below which a defect counts by this factor
 _MOST = 2000  # nodes
 _BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(NODES, i)) for i, x in enumerate(NODES)])
 
@@ -61,11 +64,15 @@ def output_of(functional: Functional, cdf: Callable[[Floats], Floats], u: Floats
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """A stationary point of W - beta KL: log f at the Gauss nodes (panels, ORDER) between edges (panels + 1,) in v."""
+    """A stationary point of W - beta KL: log f at the Gauss nodes (panels, ORDER) between edges (panels + 1,) in v.
+
+    tangent: the derivative of log f by the square root of the KL, of the same shape, where it is known.
+    """
 
     edges: Floats
     log_f: Floats
     log_beta: float
+    tangent: Floats | None = None
 
     @property
     def kl(self) -> float:
@@ -76,12 +83,13 @@ class Profile:
         """log f at u, by the polynomial of its panel; on an edge that of the panel at larger u."""
         return self.at(1 - np.asarray(u, float))
 
-    def at(self, v: Floats) -> Floats:
-        """log f at u = 1 - v."""
+    def at(self, v: Floats, values: Floats | None = None) -> Floats:
+        """log f, or what else has these values at the nodes, at u = 1 - v."""
         panel = np.clip(np.searchsorted(self.edges, v, side="left") - 1, 0, len(self.edges) - 2)
         difference = ((v - self.edges[panel]) / np.diff(self.edges)[panel])[..., None] - NODES
         pull = _BARYCENTRIC / np.where(difference == 0, 1e-30, difference)
-        return np.sum(pull * self.log_f[panel], axis=-1) / np.sum(pull, axis=-1)
+        values = self.log_f if values is None else values
+        return np.sum(pull * values[panel], axis=-1) / np.sum(pull, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,20 @@ class Variation:
         return found[0]
 
     def advance(self, profile: Profile, kl: float, rate: float) -> tuple[Profile, int] | None:
+        if self.win_rate(profile) > _HIGHEST:
+            return None
         edges = _split(profile.edges, _defect(self.pairs, profile), _ROUGHLY)
-        found = _newton(self.pairs, _moved(profile, edges), kl=kl)
+        ahead = np.sqrt(kl) - np.sqrt(profile.kl)
+        top = profile(1.0) + max(ahead, 0) * (
+            0 if profile.tangent is None else profile.at(np.zeros(()), profile.tangent)
+        )
+        while edges[1] > _TOP_MASS * np.exp(-top):
+            edges = np.insert(edges, 1, edges[1] / 2)
+        moved = _moved(profile, edges)
+        if profile.tangent is not None:
+            log_f = moved.log_f + ahead * profile.at(nodes(moved.edges), profile.tangent)
+            moved = Profile(moved.edges, log_f, profile.log_beta + rate * (kl - profile.kl))
+        found = _newton(self.pairs, moved, kl=kl)
         return found if found and residual(self.pairs, found[0]) < _AWRY else None
 
     def refine(self, profile: Profile, kl: float | None = None, log_beta: float | None = None) -> Profile | None:
@@ -159,7 +179,7 @@ def _split(edges: Floats, defect: Floats, tolerance: float) -> Floats:
 
 
 def residual(pairs: tuple[Pairing, ...], profile: Profile) -> float:
-    """The largest defect of (1) on panels half as wide, relative to 1 + |log f|."""
+    """The largest defect of (1) on panels half as wide, relative to 1 + |log f|; `_TAIL` of it where f is next to 0."""
     return float(np.max(_defect(pairs, profile)))
 
 
@@ -169,10 +189,11 @@ def _moved(profile: Profile, edges: Floats) -> Profile:
 
 
 def _defect(pairs: tuple[Pairing, ...], profile: Profile) -> Floats:
-    """The defect of (1) at the nodes of panels half as wide, relative to 1 + |log f|."""
+    """The defect of (1) at the nodes of panels half as wide, relative to 1 + |log f|; less where f is next to zero."""
     halved = _moved(profile, _halved(profile.edges))
     defect = halved.log_f - _Discrete(pairs, halved).transform() * np.exp(-profile.log_beta)
-    return np.abs(defect - np.median(defect)) / (1 + np.abs(halved.log_f))
+    defect = np.abs(defect - np.median(defect)) / (1 + np.abs(halved.log_f))
+    return np.where(halved.log_f < _DEEP, _TAIL * defect, defect)
 
 
 class _Discrete:
@@ -183,8 +204,8 @@ class _Discrete:
         v, self.weights, self.f = (part.ravel() for part in (nodes(edges), weights(edges), np.exp(profile.log_f)))
         self.edges, self.u = edges, 1 - v
         self.shape = profile.log_f.shape
-        self.functional = [pair for pair in pairs if isinstance(pair[1], Functional)]
-        self.pointwise = [pair for pair in pairs if not isinstance(pair[1], Functional)]
+        self.functional = [(w, a, b) for w, a, b in pairs if isinstance(a, Functional)]
+        self.pointwise = [(w, a, b) for w, a, b in pairs if not isinstance(a, Functional)]
         self.to_cdf = self._rows(v)  # the matrix from f to F - 1 at the nodes
         self.cdf = np.clip(1 + self.to_cdf @ self.f, 0, 1)
 
@@ -291,7 +312,8 @@ def _newton(
 ) -> tuple[Profile, int] | None:
     """Solve (1) at a KL or a log beta: the solution and its iterations, None if there is none."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return _iterate(pairs, profile, kl, log_beta)
+        found = _iterate(pairs, profile, kl, log_beta)
+    return found if found and np.all(np.isfinite(found[0].log_f)) else None
 
 
 def _iterate(
@@ -314,8 +336,10 @@ def _iterate(
             system[-1, -1], right[-1] = 1, log_beta - profile.log_beta
         else:
             system[-1, :size], right[-1] = mass * (1 + log_f), (kl or 0) - np.sum(mass * log_f)
+        further = np.zeros(size + 2)  # on the path
+        further[-1] = 2 * np.sqrt(max(float(np.sum(mass * log_f)), 0))
         try:
-            step = np.linalg.solve(system, right)
+            step, tangent = np.linalg.solve(system, np.stack([right, further], axis=1)).T
         except np.linalg.LinAlgError:
             return None
         change = max(np.max(np.abs(step[:size]) / (1 + np.abs(log_f))), abs(step[-1]) / 2)
@@ -324,8 +348,10 @@ def _iterate(
         damping = min(1.0, 1 / change)
         moved = profile.log_f + damping * step[:size].reshape(profile.log_f.shape)
         log_z += damping * step[size]
-        profile = Profile(profile.edges, moved, profile.log_beta + float(damping * step[-1]))
-        if change < 1e-11 or previous < change < 1e-8:
+        reached = profile.log_beta + float(damping * step[-1])
+        ahead = tangent[:size].reshape(moved.shape) if log_beta is None else None
+        profile = Profile(profile.edges, moved, reached, ahead)
+        if change < 1e-11 or previous < change < 1e-6:
             return profile, iteration
         previous = change
     return None

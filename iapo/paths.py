@@ -54,15 +54,19 @@ def at_beta(solver: Solver[S], beta: float) -> S:
     log_beta = float(np.log(beta))
     point = solver.start(np.inf, log_beta)
     best, best_value = None, -np.inf
-    for kl, following in _follow(solver, point):
-        if 1 - beta * kl < best_value:
-            break
-        if (point.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
-            crossing = _crossing(solver, point, following, log_beta)
-            value = solver.win_rate(crossing) - beta * crossing.kl
-            if value > best_value:
-                best, best_value = crossing, value
-        point = following
+    try:
+        for kl, following in _follow(solver, point):
+            if 1 - beta * kl < best_value:
+                break
+            if (point.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
+                crossing = _crossing(solver, point, following, log_beta)
+                value = solver.win_rate(crossing) - beta * crossing.kl
+                if value > best_value:
+                    best, best_value = crossing, value
+            point = following
+    except UserError:  # the path cannot be followed to its end, where the win rate is next to 1
+        if best is None:
+            raise
     assert best is not None
     return best
 
@@ -95,7 +99,8 @@ def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterato
             factor = factor**0.5
             if factor < 1.0001:
                 raise UserError(
-                    f"no optimum was found at more than {kl:.4g} nats; ask for a smaller KL or a larger beta"
+                    f"no optimum was found at more than {kl:.4g} nats, where the win rate is "
+                    f"{solver.win_rate(point):.6f}; ask for a smaller KL or a larger beta"
                 )
             continue
         rate = (found[0].log_beta - point.log_beta) / (target - kl)

@@ -353,6 +353,11 @@ def pairings(procedure: Procedure, opponent: Procedure | None = None) -> tuple[P
     )
 
 
+def has_functional(pairs: tuple[Pairing, ...]) -> bool:
+    """Whether (5) is not enough for these."""
+    return any(isinstance(one, Functional) for _, *both in pairs for one in both)
+
+
 def _parts(procedure: Procedure) -> tuple[tuple[float, Procedure], ...]:
     return procedure.parts if isinstance(procedure, Mixture) else ((1.0, procedure),)
 
