@@ -152,6 +152,7 @@ def transform(
     transform: Annotated[str, typer.Option(metavar="T", help=TRANSFORMS)] = "optimal",
     target_kl: Annotated[float | None, typer.Option(metavar="K", help="KL from the reference, in nats")] = None,
     beta: Annotated[float | None, typer.Option(metavar="B", help="weight of the KL, instead of --target-kl")] = None,
+    target_win_rate: Annotated[float | None, typer.Option(metavar="W", help="win rate, instead of --target-kl")] = None,
     as_json: AsJson = False,
     plot: Plot = None,
 ):
@@ -159,7 +160,7 @@ def transform(
     from iapo.closed_form import solve
     from iapo.tables import print_closed_form
 
-    form = solve(procedure, opponent, transform, beta=beta, target_kl=target_kl)
+    form = solve(procedure, opponent, transform, beta=beta, target_kl=target_kl, target_win_rate=target_win_rate)
     print_closed_form(form, as_json)
     if plot:
         from iapo.plots import save_closed_form

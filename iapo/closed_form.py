@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import brentq
-from scipy.special import logsumexp
+from scipy.special import logit, logsumexp
 
 from iapo import optimum as optima
 from iapo.densities import Density, cells, log_integral
@@ -52,6 +52,7 @@ class ClosedForm:
     win_rate: float
     log_partition: float
     _density: Density = field(repr=False, compare=False)
+    _transform: Function = field(repr=False, compare=False)
 
     def log_density(self, u: ArrayLike) -> Floats:
         """log f(u): the target of the log-ratio of a response with calibrated reward u, (3)."""
@@ -74,7 +75,7 @@ class ClosedForm:
 
     def transform_values(self, u: ArrayLike) -> Floats:
         """Phi(u)."""
-        return self.beta * (self.log_density(u) + self.log_partition)
+        return self._transform(np.asarray(u, float))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,20 +95,27 @@ def solve(
     *,
     beta: float | None = None,
     target_kl: float | None = None,
+    target_win_rate: float | None = None,
 ) -> ClosedForm:
     """The closed form for a procedure, an opponent (by default the same procedure) and a transform.
 
-    Exactly one of `target_kl` (nats) and `beta` fixes how far the policy may go. Raises UserError when it cannot.
+    Exactly one of `target_kl` (nats), `beta` and `target_win_rate` fixes how far the policy may go. Raises UserError
+    when it cannot.
     """
     policy = as_procedure(procedure)
     against = policy if opponent is None else as_procedure(opponent)
     phi = as_transform(transform)
-    given = {"beta": beta, "target_kl": target_kl}
-    if sum(value is not None for value in given.values()) != 1:
-        raise UserError(f"{given} given; exactly one of target_kl (nats) and beta expected")
+    options = {"beta": beta, "target_kl": target_kl, "target_win_rate": target_win_rate}
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(
+            f"{given or 'nothing'} given; exactly one of target_kl (nats), beta and target_win_rate expected"
+        )
     for name, value in given.items():
-        if value is not None and not (np.isfinite(value) and value > 0):
+        if not (np.isfinite(value) and value > 0):
             raise UserError(f"{name} = {value} given, a finite number above 0 expected")
+    if target_win_rate is not None:
+        return _solve(policy, against, phi, None, _kl_at(policy, against, phi, target_win_rate))
     return _solve(policy, against, phi, beta, target_kl)
 
 
@@ -117,9 +125,10 @@ def optimal_transform(
     *,
     beta: float | None = None,
     target_kl: float | None = None,
+    target_win_rate: float | None = None,
 ) -> ClosedForm:
     """The optimum of (4): `solve` with the transform "optimal"."""
-    return solve(procedure, opponent, beta=beta, target_kl=target_kl)
+    return solve(procedure, opponent, beta=beta, target_kl=target_kl, target_win_rate=target_win_rate)
 
 
 def optimal_win_rate(procedure: str | Procedure, opponent: str | Procedure | None, kl: float) -> float:
@@ -163,6 +172,29 @@ def win_rate_of_cdf(
     return float(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))))
 
 
+def _kl_at(procedure: Procedure, opponent: Procedure, transform: AnyTransform, target: float) -> float:
+    """The KL at which a transform has this win rate."""
+
+    def excess(log_kl: float) -> float:
+        return float(
+            logit(_solve(procedure, opponent, transform, None, float(np.exp(log_kl))).win_rate) - logit(target)
+        )
+
+    asked = f"target_win_rate = {target} given"
+    start = optimal_win_rate(procedure, opponent, 0)
+    if not start < target < 1:
+        raise UserError(f"{asked}; more than the reference's own {start:.6g} and less than 1 expected")
+    low = high = np.log(0.1)
+    try:
+        while excess(low) > 0 and low > np.log(1e-12):
+            low -= np.log(10)
+        while excess(high) < 0:
+            low, high = high, high + np.log(3)
+    except UserError:
+        raise UserError(f"{asked}, not reached by {transform} at {np.exp(low):.3g} nats; ask for less") from None
+    return float(np.exp(brentq(excess, low, high, xtol=1e-12, rtol=1e-14)))
+
+
 @lru_cache(maxsize=1024)
 def _solve(
     procedure: Procedure, opponent: Procedure, transform: AnyTransform, beta: float | None, target_kl: float | None
@@ -172,15 +204,24 @@ def _solve(
         solver = _solver(pairs)
         best = at_beta(solver, beta) if beta is not None else along(solver, [float(target_kl or 0)])[0]
         density = _profile_density(best) if isinstance(best, Profile) else _density_of(pairs, best)
+        scale = float(np.exp(best.log_beta)) if beta is None else beta
+        start = 0.0 if isinstance(best, Profile) else float(best.edges[0])  # of Phi below, in the tail, f is no record
+        top = density.log_f(np.array(start))
+
+        def values(u: ArrayLike) -> Floats:
+            above = scale * (density.log_f(np.maximum(u, start)) - top)
+            return above + (optima.tail_transform(pairs, np.minimum(u, start)) if start else 0)
+
         return ClosedForm(
             procedure,
             opponent,
             transform,
-            beta=float(np.exp(best.log_beta)) if beta is None else beta,
+            beta=scale,
             kl=best.kl,
             win_rate=solver.win_rate(best),
             log_partition=-float(density.log_f(np.zeros(()))),
             _density=density,
+            _transform=values,
         )
     phi = _first_order(pairs) if isinstance(transform, FirstOrder) else transform
     breaks = np.r_[getattr(phi, "corners", np.empty(0)), corners_of(pairs)]
@@ -195,6 +236,7 @@ def _solve(
         win_rate=float(1 - np.sum(weights(density.edges) * _loss(pairs, density.cdf, nodes(density.edges)))),
         log_partition=log_partition,
         _density=density,
+        _transform=phi,
     )
 
 

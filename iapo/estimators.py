@@ -42,10 +42,10 @@ def order_weights(procedure: Procedure, places: Floats) -> Floats:
     places [m]: their calibrated rewards, in any order; only early_stop looks at more than their number.
 
     The i-th smallest of m is the k-th smallest of a random n-subset with probability
-    C(i − 1, k − 1)·C(m − i, n − k)/C(m, n), so statistics with these weights are unbiased U-statistics. early_stop draws
-    such a subset in random order: where all n are below tau the best of them comes out, else the first that is not,
-    which is any of those at tau or above. A procedure that draws no fixed number is taken over the samples as they
-    are: h(i/m) − h((i − 1)/m). UserError for other functionals of F, which have no h.
+    C(i − 1, k − 1)·C(m − i, n − k)/C(m, n), so statistics with these weights are unbiased U-statistics.
+    early_stop draws such a subset in random order: where all n are below tau the best of them comes out, else the
+    first that is not, which is any of those at tau or above. A procedure that draws no fixed number is taken over the
+    samples as they are: h(i/m) − h((i − 1)/m). UserError for other functionals of F, which have no h.
     """
     samples = len(places)
     match procedure:

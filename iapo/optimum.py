@@ -79,6 +79,11 @@ class Optimum:
         return _slope(pairs, u + cdf, np.stack([cdf - u, log_f], axis=-1), self.log_beta) / expit(-log_f)
 
 
+def tail_transform(pairs: tuple[Pairing, ...], u: Floats) -> Floats:
+    """Phi(u) where F = 0, with Phi(0) = 0: sum of weight h_a'(0) h_b(u)."""
+    return np.asarray(sum(weight * a.density(0.0) * b.cdf(u) for weight, a, b in pairs))
+
+
 def _log_tail_rise(pairs: tuple[Pairing, ...], low: Floats, high: float) -> Floats:
     """log(Phi(high) - Phi(low)) where F = 0: of the sum of weight h_a'(0) (h_b(high) - h_b(low))."""
 
