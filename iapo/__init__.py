@@ -27,6 +27,7 @@ _MODULES = {
         "frontier",
         "win_rate_of_cdf",
     ),
+    "iapo.deployment": ("Robustness", "robustness"),
     "iapo.atoms": ("atom_log_density", "atom_win_rate", "atom_kl", "tie_pattern"),
     "iapo.errors": ("UserError",),
 }

@@ -188,6 +188,33 @@ def frontier(
         save_frontier(found, plot)
 
 
+@app.command(rich_help_panel=CLOSED_FORM)
+def robustness(
+    family: Annotated[str, typer.Argument(help="a procedure with n: best_of(n), 0.5 sample + 0.5 best_of(n)")],
+    target_kl: Annotated[float, typer.Option(metavar="K", help="KL from the reference, in nats")],
+    sizes: Annotated[
+        str, typer.Option(metavar="N,N,...", help="the n to train for and to deploy")
+    ] = "1,2,4,8,16,32,64",
+    as_json: AsJson = False,
+    plot: Plot = None,
+):
+    """Print what is won at a fixed KL for each n, and lost by deploying another n than the one trained for."""
+    from iapo.deployment import robustness as compare
+    from iapo.errors import UserError
+    from iapo.tables import print_robustness
+
+    try:
+        numbers = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise UserError(f"--sizes {sizes}: whole numbers with commas between them expected, such as 1,2,4,8") from None
+    found = compare(family, target_kl, numbers)
+    print_robustness(found, as_json)
+    if plot:
+        from iapo.plots import save_robustness
+
+        save_robustness(found, plot)
+
+
 def _load(path: Path, overrides: list[str] | None):
     from iapo.config import load_config
 

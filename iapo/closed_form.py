@@ -73,6 +73,12 @@ class ClosedForm:
         """
         return self._density.log_mean(low, high)
 
+    def win_rate_under(self, procedure: str | Procedure, opponent: str | Procedure | None = None) -> float:
+        """(4) of this policy deployed with another procedure than the one it was trained for."""
+        policy = as_procedure(procedure)
+        pairs = pairings(policy, policy if opponent is None else as_procedure(opponent))
+        return _win_rate(pairs, self.cdf, self._density.edges)
+
     def transform_values(self, u: ArrayLike) -> Floats:
         """Phi(u)."""
         return self._transform(np.asarray(u, float))
@@ -168,7 +174,12 @@ def win_rate_of_cdf(
     """(4) for any policy, given the CDF of its calibrated reward; `corners` are the u where the CDF is not smooth."""
     policy = as_procedure(procedure)
     pairs = pairings(policy, policy if opponent is None else as_procedure(opponent))
-    edges = cells(lambda u: np.zeros_like(u), np.r_[np.asarray(corners, float), corners_of(pairs)])
+    return _win_rate(pairs, cdf, np.asarray(corners, float))
+
+
+def _win_rate(pairs: tuple[Pairing, ...], cdf: Function, corners: Floats) -> float:
+    """(4), by quadrature on cells that shrink towards both ends and break at the corners."""
+    edges = cells(lambda u: np.zeros_like(u), np.r_[corners, corners_of(pairs)])
     return float(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))))
 
 

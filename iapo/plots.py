@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from iapo.closed_form import ClosedForm, Frontier
+from iapo.deployment import Robustness
 from iapo.errors import UserError
 
 INK, FAINT = "#333333", "#8a8a8a"
@@ -84,6 +85,47 @@ def save_closed_form(form: ClosedForm, path: Path) -> None:
         )
 
     _save(path, (8, 3.4), draw)
+
+
+def draw_win_rates(axes: Axes, found: Robustness) -> None:
+    """Win rate against the size n at the KL of all, of the policies trained for it and of the identity transform."""
+    for name, rates, color in (
+        ("trained for n", np.diag(found.win_rates), COLORS[0]),
+        ("identity", found.identity, COLORS[1]),
+    ):
+        axes.plot(found.sizes, rates, "o-", color=color, label=name, markersize=4)
+    axes.axhline(0.5, color=FAINT, linewidth=1, linestyle=":")
+    axes.annotate("reference", (found.sizes[0], 0.5), xytext=(2, 3), textcoords="offset points", color=FAINT)
+    axes.set(xlabel=f"n of {found.family}", ylabel="win rate", xscale="log", xticks=found.sizes)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.minorticks_off()
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.98))
+
+
+def draw_losses(axes: Axes, found: Robustness) -> None:
+    """Percentage points of win rate lost, by the n trained for and the n deployed."""
+    lost = 100 * found.losses
+    axes.imshow(lost, cmap="OrRd", vmin=0, vmax=max(lost.max(), 1e-9) * 1.3, aspect="auto")
+    for (row, column), value in np.ndenumerate(lost):
+        text = "0" if row == column else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(found.sizes)), [str(size) for size in found.sizes])
+    axes.set_yticks(range(len(found.sizes)), [str(size) for size in found.sizes])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="deployed with n", ylabel="trained for n", title="win rate lost, in points")
+
+
+def save_robustness(found: Robustness, path: Path) -> None:
+    """Win rate against n at a fixed KL, beside the matrix of what another n than the one trained for loses."""
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+        draw_win_rates(left, found)
+        draw_losses(right, found)
+        figure.suptitle(f"{found.family} at a KL of {found.kl:g} nats", fontsize=11, color=INK)
+
+    _save(path, (9, 3.9), draw)
 
 
 def save_frontier(frontier: Frontier, path: Path) -> None:

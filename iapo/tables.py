@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from iapo.closed_form import ClosedForm, Frontier
+from iapo.deployment import Robustness
 
 SHOWN = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the calibrated reward
 
@@ -36,6 +38,31 @@ def frontier_record(frontier: Frontier) -> dict[str, Any]:
         "kl": frontier.kls.tolist(),
         "win_rate": {name: rates.tolist() for name, rates in frontier.win_rates.items()},
     }
+
+
+def robustness_record(found: Robustness) -> dict[str, Any]:
+    """The keys of `iapo robustness --json`: win_rate by trained (rows) and deployed size, identity by deployed size."""
+    return {
+        "family": found.family,
+        "kl": found.kl,
+        "sizes": list(found.sizes),
+        "win_rate": found.win_rates.tolist(),
+        "identity": found.identity.tolist(),
+    }
+
+
+def print_robustness(found: Robustness, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(robustness_record(found)))
+        return
+    console = Console()
+    console.print(f"Win rate of [bold]{escape(found.family)}[/] at a KL of {found.kl:g} nats\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("trained for, deployed with", *map(str, found.sizes)):
+        table.add_column(column, justify="right")
+    for name, rates in zip((*map(str, found.sizes), "identity"), (*found.win_rates, found.identity), strict=True):
+        table.add_row(name, *(f"{rate:.4f}" for rate in rates))
+    console.print(table)
 
 
 def print_closed_form(form: ClosedForm, as_json: bool) -> None:
