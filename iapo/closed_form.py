@@ -340,10 +340,11 @@ def _beta_at(phi: Function, breaks: Floats, name: str, target_kl: float) -> floa
     """The beta of a plain transform at a KL: the KL decreases with beta."""
 
     def excess(log_beta: float) -> float:
-        return np.log(_given(phi, breaks, np.exp(log_beta))[2] / target_kl)
+        return float(np.log(max(_given(phi, breaks, np.exp(log_beta))[2], 1e-300) / target_kl))
 
     u = nodes(cells(lambda u: np.zeros_like(u), np.empty(0)))
-    middle = np.log(np.std(phi(u)))
+    scale = np.max(np.abs(phi(u)))
+    middle = np.log(scale) + np.log(np.std(phi(u) / scale))
     low = high = float(middle)
     while excess(high) > 0:
         high += 1.5

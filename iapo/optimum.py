@@ -128,8 +128,8 @@ class Collocation:
         return _newton(self.pairs, _remesh(self.pairs, guess, 2 * _RESOLUTION), kl=kl)
 
     def refine(self, optimum: Optimum, kl: float | None = None, log_beta: float | None = None) -> Optimum | None:
-        """On panels halved until the equations hold between the nodes."""
-        resolution = _RESOLUTION
+        """On panels halved until the equations hold between the nodes, or rounding keeps them from it."""
+        resolution, previous = _RESOLUTION, np.inf
         for _ in range(5):
             found = _newton(self.pairs, _remesh(self.pairs, optimum, resolution), kl, log_beta)
             if found is None:
@@ -137,9 +137,10 @@ class Collocation:
             optimum = found[0]
             if optimum.edges[0] > 0 and optimum.state[0, 1] > 0.75 * _DEEP:
                 continue  # the tail that was left out has come up
-            if residual(self.pairs, optimum) < _TOLERANCE:
+            defect = residual(self.pairs, optimum)
+            if defect < _TOLERANCE or defect > previous / 2:
                 break
-            resolution /= 2
+            resolution, previous = resolution / 2, defect
         return optimum
 
     def win_rate(self, optimum: Optimum) -> float:
@@ -162,7 +163,12 @@ def residual(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
 
 
 def _slope(
-    pairs: tuple[Pairing, ...], t: Floats, state: Floats, log_beta: float, du: Floats | float = 0, dcdf: float = 0
+    pairs: tuple[Pairing, ...],
+    t: Floats,
+    state: Floats,
+    log_beta: float,
+    du: Floats | float = 0,
+    dcdf: Floats | float = 0,
 ) -> Floats:
     """L' at t, with u and F moved by du and dcdf."""
     d, log_f = state[..., 0], state[..., 1]
@@ -231,13 +237,15 @@ def _newton(
         tanh, share = np.tanh(log_f / 2), expit(log_f)
         slope = _slope(pairs, t, stages, current)
         free = slope < 0.999 * np.exp(_STEEPEST)
-        by_cdf = _slope(pairs, t, stages, current, dcdf=_STEP) - _slope(pairs, t, stages, current, dcdf=-_STEP)
-        du = _STEP * np.maximum(1 - (t - stages[..., 0]) / 2, 1e-5)  # policies of high KL live close to u = 1
+        # steps in proportion to F and to 1 - u, whose powers k may consist of
+        dcdf = _STEP * np.maximum((t + stages[..., 0]) / 2, 1e-12)
+        du = _STEP * np.maximum(1 - (t - stages[..., 0]) / 2, 1e-5)
+        by_cdf = _slope(pairs, t, stages, current, dcdf=dcdf) - _slope(pairs, t, stages, current, dcdf=-dcdf)
         by_u = _slope(pairs, t, stages, current, du=du) - _slope(pairs, t, stages, current, du=-du)
         derivative = np.stack([tanh, slope], axis=-1)
         jacobian = np.zeros((panels, ORDER, 2, 2))
         jacobian[..., 0, 1] = (1 - tanh**2) / 2
-        jacobian[..., 1, 0] = by_cdf / (4 * _STEP) - by_u / (4 * du)
+        jacobian[..., 1, 0] = by_cdf / (4 * dcdf) - by_u / (4 * du)
         jacobian[..., 1, 1] = -slope * share * free
         by_log_beta = np.stack([np.zeros_like(slope), -slope * free], axis=-1)
 
