@@ -33,6 +33,7 @@ from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 
 Floats = NDArray[np.float64]
 Function = Callable[[ArrayLike], Floats]
+_APART = 1e-11  # between values of u that tell a slope of log f to five digits
 _DEEPEST = -1e9  # log f below which nothing is resolved
 
 
@@ -282,8 +283,11 @@ def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
     start = u[0] = optimum.edges[0]
     u[-1], cdf[0], cdf[-1] = 1, 0, 1
     u = np.maximum.accumulate(np.minimum(u, 1))
-    distinct = np.append(np.diff(u) > 0, True)
-    u, cdf, log_f, slope = u[distinct], cdf[distinct], log_f[distinct], slope[distinct]
+    # near u = 1 points may be closer than u can tell well: those are kept that are apart in u or in log f
+    steps = np.floor(np.cumsum(np.r_[0, np.diff(u) / _APART + np.diff(log_f) / 0.01]))
+    kept = np.append((np.diff(steps) > 0) & (np.diff(u) > 0), True)
+    kept[0] = True
+    u, cdf, log_f, slope = u[kept], cdf[kept], log_f[kept], slope[kept]
     secant = np.diff(log_f) / np.diff(u)  # the slope is held to what u can resolve, which near 1 may be little
     slope = np.minimum(slope, 3 * np.minimum(np.r_[secant, np.inf], np.r_[np.inf, secant]))
     spline = CubicHermiteSpline(u, log_f, slope)

@@ -1,12 +1,12 @@
 """The density that maximizes W - beta KL: the boundary value problem (6), solved by collocation.
 
-In t = u + F, from 0 to 2, policy and reference stand on the same footing and nothing overflows. With d = F - u and
+In t = u + F, from 0 to 2, policy and reference stand on the same footing and nothing overflows. With u = t - F and
 L = log f, (6) reads
 
-    d' = tanh(L / 2)                                d(0) = d(2) = 0
+    F' = 1 / (1 + e^-L)                             F(0) = 0, F(2) = 1
     L' = k(F, u) / (beta (1 + e^L))                 k = sum of weight h_a'(F) h_b'(u)
 
-and KL = integral of L / (1 + e^-L) dt. Gauss collocation on panels, Newton for (d, L, log beta) together with the
+and KL = integral of L / (1 + e^-L) dt. Gauss collocation on panels, Newton for (F, L, log beta) together with the
 condition on the KL, and continuation from the small-KL limit (7). A fixed point iteration of (5) oscillates instead
 (best_of at small beta), and shooting loses digits at one end or the other.
 
@@ -21,16 +21,17 @@ from scipy.linalg import solve_banded
 from scipy.special import expit, log_expit
 
 from iapo.procedures import Pairing, Procedure
-from iapo.quadrature import INTEGRALS, NODES, ORDER, cumulative, nodes, weights
+from iapo.quadrature import INTEGRALS, NODES, ORDER, WEIGHTS, cumulative, nodes, partial_integrals, weights
 
 Floats = NDArray[np.float64]
 
 _STEEPEST = 30.0  # log of the largest L' kept: steeper than e^30 only where f is zero to double precision
 _DEEP = -60.0  # log f below which a tail is left out of the panels
 _LOWEST = 690.0  # log of the largest -log f given
-_ROUNDING = 1e-14  # of d in a panel's polynomials, with the amplification of their derivative
+_ROUNDING = 1e-14  # of F and of L in a panel's polynomials, with the amplification of their derivative
 _STEP = 1e-6  # of the central differences of k
 _RESOLUTION = 0.24  # panel size in the units of `_remesh`
+_WORST = 1e-6  # of `residual`, where rounding leaves no more to be had
 _BENDS = 1e4  # L' above the inverse of this is resolved by its logarithm
 _TOLERANCE = 1e-9  # of `residual`
 _POINTS = np.r_[0, NODES]  # of a panel's polynomials
@@ -48,7 +49,7 @@ class Optimum:
     """A stationary point of W - beta KL.
 
     edges: (n + 1,) panel edges in t = u + F; below the first F = 0. state: (n + 1, 2) and stages: (n, ORDER, 2) hold
-    (d, L) at the edges and at the Gauss nodes.
+    (F, L) at the edges and at the Gauss nodes.
     """
 
     edges: Floats
@@ -64,10 +65,16 @@ class Optimum:
 
     def points(self, between: int = 2) -> tuple[Floats, Floats, Floats]:
         """u, F and L, increasing, at every edge and node, with `between` steps from one to the next."""
-        t = np.append(np.c_[self.edges[:-1], nodes(self.edges)].ravel(), self.edges[-1])
-        t = np.interp(np.arange((len(t) - 1) * between + 1) / between, np.arange(len(t)), t)
-        d, log_f = np.moveaxis(_interpolate(self, t), -1, 0)
-        return (t - d) / 2, (t + d) / 2, log_f
+        places = np.r_[_POINTS, 1]
+        places = np.interp(np.arange((len(places) - 1) * between) / between, np.arange(len(places)), places)
+        width = np.diff(self.edges)[:, None]
+        t = np.append(self.edges[:-1, None] + width * places, 2)
+        cdf, log_f = np.moveaxis(_interpolate(self, t), -1, 0)
+        # 1 - u, summed up from u = 1: its digits are lost in t - F where f is large
+        share = expit(-self.stages[..., 1])
+        above = np.append(np.cumsum(np.sum(weights(self.edges) * share, axis=1)[::-1])[-2::-1], 0)
+        rest = above[:, None] + width * (share @ (WEIGHTS - partial_integrals(places)).T)
+        return np.where(t > 1, 1 - np.append(rest, 0), t - cdf), cdf, log_f
 
     def tail(self, pairs: tuple[Pairing, ...], u: Floats) -> Floats:
         """L at u below the first edge, where F = 0: (5) integrated."""
@@ -76,7 +83,7 @@ class Optimum:
 
     def slopes(self, pairs: tuple[Pairing, ...], u: Floats, cdf: Floats, log_f: Floats) -> Floats:
         """dL / du at points."""
-        return _slope(pairs, u + cdf, np.stack([cdf - u, log_f], axis=-1), self.log_beta) / expit(-log_f)
+        return _slope(pairs, u + cdf, np.stack([cdf, log_f], axis=-1), self.log_beta) / expit(-log_f)
 
 
 def tail_transform(pairs: tuple[Pairing, ...], u: Floats) -> Floats:
@@ -107,9 +114,9 @@ def log_kernel(pairs: tuple[Pairing, ...], cdf: Floats, u: Floats) -> Floats:
 
 def win_rate(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
     """(4) for this policy."""
-    d, log_f = optimum.stages[..., 0], optimum.stages[..., 1]
+    cdf, log_f = optimum.stages[..., 0], optimum.stages[..., 1]
     t = nodes(optimum.edges)
-    cdf, u = np.clip((t + d) / 2, 0, 1), np.clip((t - d) / 2, 0, 1)
+    cdf, u = np.clip(cdf, 0, 1), np.clip(t - cdf, 0, 1)
     loss = sum(weight * a.cdf(cdf) * b.density(u) for weight, a, b in pairs)
     return float(1 - np.sum(weights(optimum.edges) * expit(-log_f) * loss))
 
@@ -138,10 +145,10 @@ class Collocation:
             if optimum.edges[0] > 0 and optimum.state[0, 1] > 0.75 * _DEEP:
                 continue  # the tail that was left out has come up
             defect = residual(self.pairs, optimum)
-            if defect < _TOLERANCE or defect > previous / 2:
+            if defect < _TOLERANCE or previous / 2 < defect < 1e-8:
                 break
             resolution, previous = resolution / 2, defect
-        return optimum
+        return optimum if residual(self.pairs, optimum) < _WORST else None
 
     def win_rate(self, optimum: Optimum) -> float:
         return win_rate(self.pairs, optimum)
@@ -150,16 +157,16 @@ class Collocation:
 def residual(pairs: tuple[Pairing, ...], optimum: Optimum) -> float:
     """The largest defect of the two differential equations between the nodes, relative to 1 + |L'|.
 
-    What the rounding of d and t can do to a slope is taken off.
+    What the rounding of F and L can do to a slope is taken off.
     """
     width = np.diff(optimum.edges)[:, None]
     t = optimum.edges[:-1, None] + width * _BETWEEN
     values = np.concatenate([optimum.state[:-1, None], optimum.stages], axis=1)
     slope = _SLOPES @ values / width[..., None]
     state = _interpolate(optimum, t)
-    expected = np.stack([np.tanh(state[..., 1] / 2), _slope(pairs, t, state, optimum.log_beta)], axis=-1)
-    defect = np.abs(slope - expected) / (1 + np.abs(expected)) - _ROUNDING / width[..., None]
-    return float(np.max(np.maximum(defect, 0)))
+    expected = np.stack([expit(state[..., 1]), _slope(pairs, t, state, optimum.log_beta)], axis=-1)
+    rounding = _ROUNDING * (1 + np.abs(state)) / width[..., None]
+    return float(np.max(np.maximum(np.abs(slope - expected) - rounding, 0) / (1 + np.abs(expected))))
 
 
 def _slope(
@@ -171,8 +178,8 @@ def _slope(
     dcdf: Floats | float = 0,
 ) -> Floats:
     """L' at t, with u and F moved by du and dcdf."""
-    d, log_f = state[..., 0], state[..., 1]
-    exponent = log_kernel(pairs, (t + d) / 2 + dcdf, (t - d) / 2 + du) - log_beta + log_expit(-log_f)
+    cdf, log_f = state[..., 0], state[..., 1]
+    exponent = log_kernel(pairs, cdf + dcdf, t - cdf + du) - log_beta + log_expit(-log_f)
     return np.exp(np.minimum(exponent, _STEEPEST))
 
 
@@ -192,8 +199,8 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
     if log_beta is not None:
         size = min(size, np.exp(np.log(spread) + scale - log_beta) / 2)
     log_f = size * at_edges, size * at_nodes
-    d = cumulative(edges, np.tanh(log_f[1] / 2))
-    state, stages = (np.stack([d[i], log_f[i]], axis=-1) for i in range(2))
+    cdf = cumulative(edges, expit(log_f[1]))
+    state, stages = (np.stack([cdf[i], log_f[i]], axis=-1) for i in range(2))
     guess = Optimum(edges, state, stages, float(np.log(spread / size) + scale))
     found = _newton(pairs, guess, kl=size**2 / 2)
     assert found is not None
@@ -213,8 +220,7 @@ def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
 
     def at(there: Floats) -> Floats:
         here = np.interp(there, moved, t)
-        d, log_f = np.moveaxis(_interpolate(optimum, here), -1, 0)
-        return np.stack([there - 2 + (2 - here + d) * np.exp(-more), log_f + more], axis=-1)
+        return _interpolate(optimum, here) + np.array([0, more])
 
     return Optimum(edges, at(edges), at(nodes(edges)), optimum.log_beta + rate * more)
 
@@ -224,7 +230,7 @@ def _newton(
 ) -> tuple[Optimum, int] | None:
     """Solve the collocation equations at a KL or a log beta: the solution and its iterations, None if there is none.
 
-    In every panel the stages are linear in (d, L) of its left edge and in log beta; eliminating them leaves a banded
+    In every panel the stages are linear in (F, L) of its left edge and in log beta; eliminating them leaves a banded
     system for the edges, bordered by the condition on the KL.
     """
     edges, state, stages, current = optimum.edges, optimum.state, optimum.stages, optimum.log_beta
@@ -234,35 +240,40 @@ def _newton(
     previous = np.inf
     for iteration in range(1, 13):
         log_f = stages[..., 1]
-        tanh, share = np.tanh(log_f / 2), expit(log_f)
+        share = expit(log_f)
         slope = _slope(pairs, t, stages, current)
         free = slope < 0.999 * np.exp(_STEEPEST)
         # steps in proportion to F and to 1 - u, whose powers k may consist of
-        dcdf = _STEP * np.maximum((t + stages[..., 0]) / 2, 1e-12)
-        du = _STEP * np.maximum(1 - (t - stages[..., 0]) / 2, 1e-5)
-        by_cdf = _slope(pairs, t, stages, current, dcdf=dcdf) - _slope(pairs, t, stages, current, dcdf=-dcdf)
+        cdf = stages[..., 0]
+        up = _STEP * np.maximum(cdf, 1e-10)
+        down = np.minimum(up, np.maximum(cdf, 0))
+        du = _STEP * np.maximum(1 - t + stages[..., 0], 1e-5)
+        by_cdf = _slope(pairs, t, stages, current, dcdf=up) - _slope(pairs, t, stages, current, dcdf=-down)
         by_u = _slope(pairs, t, stages, current, du=du) - _slope(pairs, t, stages, current, du=-du)
-        derivative = np.stack([tanh, slope], axis=-1)
+        derivative = np.stack([share, slope], axis=-1)
         jacobian = np.zeros((panels, ORDER, 2, 2))
-        jacobian[..., 0, 1] = (1 - tanh**2) / 2
-        jacobian[..., 1, 0] = by_cdf / (4 * dcdf) - by_u / (4 * du)
+        jacobian[..., 0, 1] = share * (1 - share)
+        jacobian[..., 1, 0] = by_cdf / (up + down) - by_u / (2 * du)
         jacobian[..., 1, 1] = -slope * share * free
         by_log_beta = np.stack([np.zeros_like(slope), -slope * free], axis=-1)
 
-        # the stages: their change is local @ (change of d, change of L, change of log beta, 1)
+        # the stages: their change is local @ (change of F, change of L, change of log beta, 1)
         system = np.eye(2 * ORDER) - np.einsum("pij,pjab->piajb", inner, jacobian).reshape(panels, 2 * ORDER, -1)
         right = np.zeros((panels, ORDER, 2, 4))
         right[..., 0, 0] = right[..., 1, 1] = 1
         right[..., 2] = inner @ by_log_beta
         right[..., 3] = state[:-1, None] + inner @ derivative - stages
-        local = np.linalg.solve(system, right.reshape(panels, 2 * ORDER, 4)).reshape(right.shape)
+        try:
+            local = np.linalg.solve(system, right.reshape(panels, 2 * ORDER, 4)).reshape(right.shape)
+        except np.linalg.LinAlgError:
+            return None
 
         # the edges: next edge - transfer @ this edge = constant + by_log_beta
         gain = np.einsum("pi,piab,pibc->pac", weight, jacobian, local)
         transfer = np.eye(2) + gain[..., :2]
         constant = gain[..., 3] + np.einsum("pi,pia->pa", weight, derivative) - np.diff(state, axis=0)
         sensitivity = gain[..., 2] + np.einsum("pi,pia->pa", weight, by_log_beta)
-        solution = _solve_edges(transfer, constant, sensitivity, -edges[0] - state[0, 0], -state[-1, 0])
+        solution = _solve_edges(transfer, constant, sensitivity, -state[0, 0], 1 - state[-1, 0])
         at_edges, by_beta_at_edges = solution[..., 0], solution[..., 1]
         at_stages = local[..., 3] + np.einsum("piab,pb->pia", local[..., :2], at_edges[:-1])
         by_beta_at_stages = local[..., 2] + np.einsum("piab,pb->pia", local[..., :2], by_beta_at_edges[:-1])
@@ -289,8 +300,8 @@ def _newton(
 def _solve_edges(transfer: Floats, constant: Floats, sensitivity: Floats, first: float, last: float) -> Floats:
     """The banded system of the edges for two right-hand sides, (constant, sensitivity): shape (n + 1, 2, 2).
 
-    Row 0 sets d at t = 0, the last row d at t = 2, and rows 2p + 1, 2p + 2 cross panel p. A banded LU with pivoting is
-    stable where multiplying the transfer matrices (shooting) is not.
+    Row 0 sets F at the first edge, the last row F at t = 2, and rows 2p + 1, 2p + 2 cross panel p. A banded LU with
+    pivoting is stable where multiplying the transfer matrices (shooting) is not.
     """
     panels = len(transfer)
     size = 2 * panels + 2
@@ -315,7 +326,7 @@ def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> 
         below = optimum.edges[0] * (1 - np.geomspace(1, 1e-4, 60))
         u, cdf = np.r_[below, u], np.r_[np.zeros_like(below), cdf]
         log_f = np.r_[optimum.tail(pairs, below), log_f]
-    t, state = u + cdf, np.stack([cdf - u, log_f], axis=-1)
+    t, state = u + cdf, np.stack([cdf, log_f], axis=-1)
     start = _tail_end(pairs, optimum.log_beta, u, cdf, log_f)
     t, state, log_f = t[start:], state[start:], log_f[start:]
     bend = np.arcsinh(_BENDS * _slope(pairs, t, state, optimum.log_beta))
@@ -341,17 +352,17 @@ def _tail_end(pairs: tuple[Pairing, ...], log_beta: float, u: Floats, cdf: Float
 
 
 def _extend(pairs: tuple[Pairing, ...], optimum: Optimum, t: Floats) -> Floats:
-    """(d, L) at any t, in the tail too: shape t.shape + (2,)."""
+    """(F, L) at any t, in the tail too: shape t.shape + (2,)."""
     first = optimum.edges[0]
     inside = _interpolate(optimum, np.maximum(t, first))
     if first == 0:
         return inside
-    outside = np.stack([-t, optimum.tail(pairs, np.minimum(t, first))], axis=-1)
+    outside = np.stack([np.zeros_like(t), optimum.tail(pairs, np.minimum(t, first))], axis=-1)
     return np.where((t < first)[..., None], outside, inside)
 
 
 def _interpolate(optimum: Optimum, t: Floats) -> Floats:
-    """(d, L) at any t, by the polynomial through a panel's left edge and its nodes: shape t.shape + (2,)."""
+    """(F, L) at any t, by the polynomial through a panel's left edge and its nodes: shape t.shape + (2,)."""
     edges = optimum.edges
     panel = np.clip(np.searchsorted(edges, t, side="right") - 1, 0, len(edges) - 2)
     where = (t - edges[panel]) / np.diff(edges)[panel]

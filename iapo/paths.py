@@ -21,6 +21,8 @@ class Stationary(Protocol):
     def kl(self) -> float: ...
 
 
+_MOST_STEPS = 300  # that a path may try; the hardest of benchmarks/closed_form.py takes 60
+
 S = TypeVar("S", bound=Stationary)
 
 
@@ -42,8 +44,14 @@ class Solver(Protocol[S]):
 
 def along(solver: Solver[S], kls: Sequence[float]) -> list[S]:
     """The optima at these KLs (nats), increasing, in one pass."""
-    path = _follow(solver, solver.start(kls[0]), kls)
-    return [solver.refine(point, kl=kl) or point for kl, point in path if kl in kls]
+    found = []
+    for kl, point in _follow(solver, solver.start(kls[0]), kls):
+        if kl in kls:
+            refined = solver.refine(point, kl=kl)
+            if refined is None:
+                raise _lost(solver, point)
+            found.append(refined)
+    return found
 
 
 def at_beta(solver: Solver[S], beta: float) -> S:
@@ -92,16 +100,15 @@ def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterato
     if len(ahead) < len(stops):
         yield stops[0], point
     factor, rate = 8.0, 0.0
-    while ahead or not stops:
+    for _ in range(_MOST_STEPS):
+        if stops and not ahead:
+            return
         target = min(kl * factor, ahead[0]) if ahead else kl * factor
         found = solver.advance(point, target, rate)
         if found is None:
             factor = factor**0.5
             if factor < 1.0001:
-                raise UserError(
-                    f"no optimum was found at more than {kl:.4g} nats, where the win rate is "
-                    f"{solver.win_rate(point):.6f}; ask for a smaller KL or a larger beta"
-                )
+                raise _lost(solver, point)
             continue
         rate = (found[0].log_beta - point.log_beta) / (target - kl)
         point, iterations = found
@@ -110,3 +117,11 @@ def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterato
         if ahead and kl == ahead[0]:
             ahead.pop(0)
         factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
+    raise _lost(solver, point)
+
+
+def _lost(solver: Solver[S], point: S) -> UserError:
+    return UserError(
+        f"no optimum was found beyond {point.kl:.4g} nats, where the win rate is {solver.win_rate(point):.10g}; "
+        "ask for a smaller KL or a larger beta"
+    )
