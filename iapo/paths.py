@@ -63,7 +63,7 @@ def at_beta(solver: Solver[S], beta: float) -> S:
     point = solver.start(np.inf, log_beta)
     best, best_value = None, -np.inf
     try:
-        for kl, following in _follow(solver, point):
+        for kl, following in _follow(solver, point, longest=1.5):  # two crossings within a step would not be seen
             if 1 - beta * kl < best_value:
                 break
             if (point.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
@@ -93,13 +93,18 @@ def _crossing(solver: Solver[S], low: S, high: S, log_beta: float) -> S:
     return _crossing(solver, middle, far if on_the_near_side else near, log_beta)
 
 
-def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterator[tuple[float, S]]:
-    """(KL, optimum) from `point` to the last of the increasing stops, or for ever, in steps that Newton can take."""
+def _follow(
+    solver: Solver[S], point: S, stops: Sequence[float] = (), longest: float = 8.0
+) -> Iterator[tuple[float, S]]:
+    """(KL, optimum) from `point` to the last of the increasing stops, or for ever, in steps that Newton can take.
+
+    The KL grows by factors of at most `longest`.
+    """
     kl = point.kl
     ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
     if len(ahead) < len(stops):
         yield stops[0], point
-    factor, rate = 8.0, 0.0
+    factor, rate = longest, 0.0
     for _ in range(_MOST_STEPS):
         if stops and not ahead:
             return
@@ -116,7 +121,7 @@ def _follow(solver: Solver[S], point: S, stops: Sequence[float] = ()) -> Iterato
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), 8.0)
+        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), longest)
     raise _lost(solver, point)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from iapo.closed_form import frontier, solve
+from iapo.deployment import robustness
 
 
 def iapo(*arguments):
@@ -63,6 +64,30 @@ def test_frontier_json_and_figure(tmp_path):
     assert "<svg" in figure.read_text()
 
 
+def test_robustness_json_table_and_figure(tmp_path):
+    figure = tmp_path / "robustness.png"
+    arguments = ("robustness", "worst_of(n)", "--target-kl", "0.3", "--sizes", "1,4")
+    done = iapo(*arguments, "--json", "--plot", str(figure))
+    assert done.returncode == 0, done.stderr
+    expected = robustness("worst_of(n)", 0.3, (1, 4))
+    assert json.loads(done.stdout) == {
+        "family": "worst_of(n)",
+        "kl": 0.3,
+        "sizes": [1, 4],
+        "win_rate": expected.win_rates.tolist(),
+        "identity": expected.identity.tolist(),
+    }
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert f"{expected.win_rates[1, 1]:.4f}" in iapo(*arguments).stdout
+
+
+def test_a_win_rate_can_be_asked_for_and_a_functional_solved():
+    done = iapo("transform", "early_stop(4, 0.7)", "--target-win-rate", "0.7", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["win_rate"] == pytest.approx(0.7, abs=1e-9)
+
+
 def test_frontier_prints_a_table():
     done = iapo("frontier", "worst_of(2)")
     assert done.returncode == 0, done.stderr
@@ -74,9 +99,11 @@ def test_frontier_prints_a_table():
     ("arguments", "message"),
     [
         (["transform", "best_of(4"], "character 10: expected ), found the end"),
-        (["transform", "best_of(4)"], "exactly one of target_kl (nats) and beta"),
+        (["transform", "best_of(4)"], "exactly one of target_kl (nats), beta and target_win_rate"),
         (["transform", "best_of(4)", "--target-kl", "1", "--transform", "sqrt"], "unknown transform 'sqrt'"),
         (["transform", "best_of(4)", "--target-kl", "1", "--plot", "figure.docx"], "ending in .png, .svg or .pdf"),
+        (["transform", "best_of(4)", "--target-win-rate", "0.5"], "more than the reference's own 0.5"),
+        (["robustness", "best_of(n)", "--target-kl", "1", "--sizes", "1;2"], "whole numbers with commas"),
         (["frontier", "best_of(4)", "--opponent", "wrst_of(2)"], "did you mean worst_of?"),
     ],
 )

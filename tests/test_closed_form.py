@@ -11,6 +11,7 @@ from scipy.optimize import brentq, minimize
 from iapo.closed_form import frontier, optimal_transform, optimal_win_rate, solve, win_rate_of_cdf
 from iapo.errors import UserError
 from iapo.procedures import best_of, pairings, parse_procedure
+from iapo.quadrature import nodes, weights
 from iapo.transforms import table
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "closed_form.json"
@@ -208,6 +209,25 @@ def test_no_density_beats_the_optimum():
         assert other.win_rate < best.win_rate
 
 
+@pytest.mark.parametrize("transform", ["optimal", "identity", "exp_tilt(600)", "log"])
+def test_a_win_rate_is_a_third_name_of_the_knob(transform):
+    form = solve("best_of(4)", transform=transform, target_kl=0.7)
+    again = solve("best_of(4)", transform=transform, target_win_rate=form.win_rate)
+    assert again.kl == pytest.approx(0.7, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("procedure", "target_kl"), [("worst_of(4)", 2.0), ("worst_of(256)", 5.0), ("best_of(64)", 2.0)]
+)
+def test_the_transform_is_the_integral_of_its_equation(procedure, target_kl):
+    """Where beta underflows and log f is no finite number to speak of, Phi is still the integral of h_a'(F) h_b'."""
+    form = solve(procedure, target_kl=target_kl)
+    edges = form._density.edges
+    kernel = form.procedure.density(form.cdf(nodes(edges))) * form.procedure.density(nodes(edges))
+    phi = np.concatenate([[0], np.cumsum(np.sum(weights(edges) * kernel, axis=1))])
+    np.testing.assert_allclose(form.transform_values(edges), phi, atol=1e-7 * phi[-1])
+
+
 def test_frontier_is_what_solve_gives():
     found = frontier("best_of(4)", transforms=("optimal", "exp_tilt(12)"), kls=[0.5, 0.1])
     np.testing.assert_array_equal(found.kls, [0.1, 0.5])
@@ -230,8 +250,8 @@ def test_optimal_win_rate_at_no_kl_is_the_references():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of target_kl (nats) and beta expected"),
-        ({"beta": 1.0, "target_kl": 1.0}, "exactly one of target_kl (nats) and beta expected"),
+        ({}, "exactly one of target_kl (nats), beta and target_win_rate expected"),
+        ({"beta": 1.0, "target_kl": 1.0}, "exactly one of target_kl (nats), beta and target_win_rate expected"),
         ({"target_kl": 0.0}, "target_kl = 0.0 given"),
         ({"beta": -1.0}, "beta = -1.0 given"),
         ({"target_kl": float("nan")}, "target_kl = nan given"),

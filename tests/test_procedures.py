@@ -9,6 +9,7 @@ from iapo.errors import UserError
 from iapo.procedures import (
     best_of,
     best_of_poisson,
+    early_stop,
     kth,
     mixture,
     pairings,
@@ -25,6 +26,7 @@ EVERY = [
     worst_of(4),
     kth(3, 5),
     best_of_poisson(3),
+    early_stop(4, 0.755),
     mixture((0.25, sample()), (0.75, worst_of(3))),
 ]
 
@@ -57,6 +59,18 @@ def test_density_is_the_derivative_of_the_cdf(procedure):
     np.testing.assert_allclose(procedure.cdf([0, 1]), [0, 1], atol=1e-15)
 
 
+@pytest.mark.parametrize("procedure", EVERY, ids=str)
+def test_log_survival_is_that_of_the_cdf(procedure):
+    p = np.linspace(0.01, 0.99, 99)
+    np.testing.assert_allclose(np.exp(procedure.log_survival(p)), 1 - procedure.cdf(p), atol=1e-14)
+    assert procedure.log_survival(1.0) == -np.inf
+
+
+def test_log_survival_keeps_what_the_cdf_loses():
+    assert worst_of(1024).log_survival(0.99) == pytest.approx(1024 * np.log(0.01))
+    assert kth(2, 8).log_survival(1 - 1e-9) == pytest.approx(np.log(8) + 7 * np.log(1e-9))
+
+
 def test_log_density_keeps_what_the_density_loses():
     assert best_of(1024).log_density(0.01) == pytest.approx(np.log(1024) + 1023 * np.log(0.01))
     assert best_of(4).log_density(0) == -np.inf
@@ -72,6 +86,7 @@ def test_log_density_keeps_what_the_density_loses():
         ("kth(3, 5)", kth(3, 5)),
         ("best_of_poisson(3)", best_of_poisson(3)),
         ("best_of_poisson(0.25)", best_of_poisson(0.25)),
+        ("early_stop(8, 0.8)", early_stop(8, 0.8)),
         ("0.5 sample + 0.5 best_of(8)", mixture((0.5, sample()), (0.5, best_of(8)))),
     ],
 )

@@ -39,6 +39,16 @@ def test_targets_are_normalized_with_and_without_ties(transform):
         assert np.all(np.diff(ordered) >= -1e-12)
 
 
+def test_targets_of_a_functional_are_means_over_intervals_with_and_without_ties():
+    frame = calibrated(none=[3.0, 1.0, 2.0, 0.5], some=[1.0, 1.0, 2.0, 5.0])
+    form = solve("early_stop(8, 0.8)", target_kl=0.4)
+    quarter = form.log_mean_density(np.arange(4) / 4, np.arange(1, 5) / 4)
+    expected = [quarter[3], quarter[1], quarter[2], quarter[0]]
+    half = form.log_mean_density(0, 0.5)
+    expected += [half, half, quarter[2], quarter[3]]
+    assert log_density_targets(frame, form) == pytest.approx(expected, abs=1e-12)
+
+
 def test_without_ties_a_rank_is_the_mean_over_its_interval():
     form = solve("best_of(4)", target_kl=0.5)
     targets = log_density_targets(calibrated(x=[30.0, 10.0, 20.0, 40.0]), form)
