@@ -93,7 +93,9 @@ def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int
     )
 
 
-def trl_trainer(policy: Any, rows: list[dict[str, Any]], step: int, pairs: int, checkpointing: bool, folder: str) -> Any:
+def trl_trainer(
+    policy: Any, rows: list[dict[str, Any]], step: int, pairs: int, checkpointing: bool, folder: str
+) -> Any:
     """TRL's DPOTrainer with the reference given; a forward pass takes so many pairs."""
     from tokenizers import Tokenizer, models
     from trl import DPOConfig, DPOTrainer
@@ -293,7 +295,9 @@ def main() -> None:
         return work()
     workers = {"trl": Worker(), "iapo": Worker()}
     results = []
-    print(f"{'model':>10} {'shape':>14} {'trainer':>7} {'tokens/s':>9} {'MB':>7} {'x TRL':>6} {'memory':>6} {'floor':>6}")
+    print(
+        f"{'model':>10} {'shape':>14} {'trainer':>7} {'tokens/s':>9} {'MB':>7} {'x TRL':>6} {'memory':>6} {'floor':>6}"
+    )
     for size in options.sizes:
         for text in options.shapes:
             shape: tuple[int, int, int] = tuple(map(int, text.split(",")))  # type: ignore[assignment]

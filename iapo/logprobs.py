@@ -65,8 +65,8 @@ def _shared_batch(
     The last token of a response predicts nothing and is left out.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt), []).append(row)
+    for row, ids_of in enumerate(prompts):
+        groups.setdefault(tuple(ids_of), []).append(row)
     ids: list[int] = []
     positions: list[int] = []
     before: list[list[int]] = [[] for _ in prompts]
@@ -98,7 +98,8 @@ def _padded_batch(
 ) -> Batch:
     """A sequence for each response."""
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids, seen, before = [], [], []
+    ids, seen = [], []
+    before: list[int] = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         length = len(prompt) + len(response)
         ids.append([*prompt, *response, *[pad_id] * (width - length)])

@@ -1,4 +1,4 @@
-"""transformers.Trainer on whole steps: a step is packed into forward passes by tokens, the rows of a prompt together."""
+"""transformers.Trainer on whole steps: each is packed into forward passes by tokens, rows of a prompt together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,9 +85,8 @@ class PackedTrainer(Trainer):
         prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
         parts = pack(prompts, responses, self.budget, self.sharing)
         if self.accelerator.num_processes > 1:
-            most = torch.tensor([0] * self.accelerator.num_processes, device=self.accelerator.device)
-            most[self.accelerator.process_index] = len(parts)
-            split_until(parts, int(reduce(most).max()))
+            most: Any = reduce(torch.tensor(len(parts), device=self.accelerator.device), "max")
+            split_until(parts, int(most))
         return parts
 
     def part(self, rows: Sequence[Row], chosen: Sequence[int]) -> dict[str, Any]:
@@ -102,20 +101,21 @@ class PackedTrainer(Trainer):
         columns = {name: torch.tensor([rows[i][name] for i in chosen], dtype=torch.float32) for name in COLUMNS}
         return {"batch": batch} | self._prepare_inputs(columns)
 
-    def training_step(self, model: Any, inputs: dict[str, Rows], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one step's rows, part by part; returns the step's loss."""
         model.train()
         rows = inputs["rows"].rows
         total = torch.zeros((), device=self.args.device)
         for chosen in self.parts(rows):
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self.part(rows, chosen)) * (len(chosen) / len(rows))
+                mean: Any = self.compute_loss(model, self.part(rows, chosen))
+            loss = mean * (len(chosen) / len(rows))
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Rows], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss; log-ratio [B]; target and calibrated reward [B, 2], of the rows in their order."""
         rows = inputs["rows"].rows

@@ -205,6 +205,7 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
+        optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

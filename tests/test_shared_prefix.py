@@ -1,4 +1,4 @@
-"""The prompt once: attention against a dense mask, and whole models, log-probs and gradients, against one row a time."""
+"""The prompt once: attention against a dense mask; log-probs and gradients of whole models against rows alone."""
 
 from itertools import pairwise
 
@@ -172,9 +172,7 @@ def test_families_give_the_log_probs_and_gradients_of_rows_alone(name, caplog):
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             found = response_logprobs(model, batch)
             assert torch.allclose(found, expected, atol=1e-4)
-            for mine, theirs in zip(
-                torch.autograd.grad((found * weights).sum(), parameters), gradients, strict=True
-            ):
+            for mine, theirs in zip(torch.autograd.grad((found * weights).sum(), parameters), gradients, strict=True):
                 assert torch.allclose(mine, theirs, atol=2e-5 * max(1, theirs.abs().max()))
         model.gradient_checkpointing_disable()
         model.eval()
@@ -188,7 +186,7 @@ def test_rows_longer_than_a_sliding_window_are_not_shared(name):
     prompts, responses = make_rows()  # the longest row has 16 tokens
     assert sharing_of(model) == Sharing(True, 12)
     assert make_batch(prompts, responses, 0, sharing_of(model)).layout is None
-    short = [[prompt[:5]] * 2 for prompt in prompts[:1]][0], responses[:2]  # 12 tokens
+    short = [prompts[0][:5]] * 2, responses[:2]  # 12 tokens
     assert make_batch(*short, 0, sharing_of(model)).layout is not None
     for rows in ((prompts, responses), short):
         found = logprobs_of(model, *rows, pad_id=0, batch_size=8)
