@@ -118,6 +118,7 @@ def attention(
             raise NotImplementedError(f"attention with {name}")
     if dropout:
         raise NotImplementedError("attention with dropout")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary embeddings in float32
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if query.device.type == "cuda":
         mask: Any = shared_prefix.block_mask(query.device)

@@ -88,6 +88,17 @@ def test_runs_and_crossings_by_hand():
     assert layout.crossings == ((slice(3, 11), slice(0, 3)), (slice(12, 17), slice(11, 12)))
 
 
+def test_autocast_gives_nearly_the_same():
+    model = make_model("Llama")
+    batch = make_batch(*make_rows(), 0, sharing_of(model))
+    with torch.no_grad():
+        exact = response_logprobs(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = response_logprobs(model, batch)
+    assert found.dtype == torch.float32 and not found.equal(exact)
+    assert torch.allclose(found, exact, rtol=0.02, atol=0.1)
+
+
 def test_what_attention_cannot_compute_is_refused():
     query, key, value = tensors(5)
     layout = Layout(((3, (2,)),))
@@ -111,7 +122,8 @@ SHARED = {
 }
 UNSHARED = {
     "Gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},  # scores are soft-capped
-    "Qwen3Next": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},  # recurrent layers
+    "Qwen3Next": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}  # recurrent layers
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 
 
