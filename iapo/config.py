@@ -106,7 +106,9 @@ class TrainConfig(Section):
     learning_rate: float = Field(3e-4, gt=0, description="peak; larger ones spend the KL on noise")
     epochs: float = Field(1.0, gt=0, description="passes over the training responses")
     batch_size: int = Field(64, ge=1, description="responses an optimizer step, over all devices and accumulation")
-    micro_batch_size: int = Field(16, ge=1, description="responses a forward pass on one device")
+    micro_batch_size: int = Field(
+        16, ge=1, description="longest responses a forward pass; more where they share prompts"
+    )
     gradient_checkpointing: bool = Field(True, description="less memory for a third more time; GPU only")
     evaluations: int = Field(5, ge=1, description="measurements on held-out prompts during training, and checkpoints")
 

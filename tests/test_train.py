@@ -1,7 +1,6 @@
 """Training: equation (3) on models whose every response is enumerated, and the stage on tiny sampled runs."""
 
 import json
-from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -22,8 +21,6 @@ from iapo.store import read_manifest, read_table, write_table
 from iapo.targets import solve_objective, target_table
 from iapo.train import (
     COMPLETE,
-    BatchesByLength,
-    Collator,
     PolicyTrainer,
     add_adapter,
     held_out_metrics,
@@ -80,7 +77,7 @@ def test_policy_becomes_the_reference_times_the_density_of_calibrated_rewards(tm
             }
             for rank, response in enumerate(ranked)
         ]
-    settings = {"lora_rank": 32, "learning_rate": 1e-2, "batch_size": 266, "micro_batch_size": 266, "epochs": 150}
+    settings = {"lora_rank": 32, "learning_rate": 1e-2, "batch_size": 266, "epochs": 150}
     config = load_config(tiny_run(train=settings | {"evaluations": 1}))
     policy = add_adapter(base, config.train)
     trainer = PolicyTrainer(
@@ -88,7 +85,8 @@ def test_policy_becomes_the_reference_times_the_density_of_calibrated_rewards(tm
         args=training_arguments(config, tmp_path / "checkpoints", len(rows)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
-        data_collator=Collator(0),
+        pad_id=0,
+        budget=10_000,
         compute_metrics=held_out_metrics,
         temperature=1.0,
     )
@@ -131,7 +129,8 @@ def trainer_of(config, policy) -> PolicyTrainer:
         args=training_arguments(config, config.run / "checkpoints", len(rows)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
-        data_collator=Collator(0),
+        pad_id=0,
+        budget=10_000,
         compute_metrics=held_out_metrics,
         temperature=config.sample.temperature,
     )
@@ -233,11 +232,6 @@ def test_a_too_large_learning_rate_is_said_to_do_harm(calibrated, iapo, caplog):
     assert record["held_out"]["loss"] > record["held_out"]["loss_of_zero"]
 
 
-def test_batch_sizes_must_divide(calibrated, iapo):
-    outcome = iapo("train", calibrated(train={"batch_size": 20, "micro_batch_size": 8}))
-    assert outcome.code == 2 and "train.batch_size 20" in outcome.err and "train.micro_batch_size" in outcome.err
-
-
 def test_held_out_metrics_by_hand():
     # errors 1, 0, -1, 0 against targets 2, 0, -1, 1: 1 - 2/6; calibrated rewards fall in fifths 1, 1, 5, 5
     metrics = held_out_metrics(
@@ -257,21 +251,6 @@ def test_held_out_metrics_by_hand():
             "target_5": 0.0,
         }
     )
-
-
-def test_each_epoch_takes_every_row_once_sorted_within_steps():
-    lengths = [n * 7 % 23 for n in range(50)]
-    sampler = BatchesByLength(lengths, 8, seed=0)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert all(Counter(order) == Counter(range(50)) for order in orders)
-    assert orders[0] == orders[2] != orders[1] and len(sampler) == 50
-    for start in range(0, 50, 8):
-        step = [lengths[index] for index in orders[0][start : start + 8]]
-        assert step == sorted(step)
-    assert list(BatchesByLength(lengths, 8, seed=1)) != orders[0]
 
 
 def test_spread_by_hand():
