@@ -19,6 +19,7 @@ over [(i - 1)/K, i/K], the obvious choice, and both expectations of f over U ~ B
 known of u, are smoothed by (9) once more and fall far short of the KL; docs/calibration.md has the figures.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,9 +35,9 @@ from iapo.transforms import Transform
 
 Floats = NDArray[np.float64]
 
-NOISE_PRICE = 0.1
-"""c of (10). Chance costs a fit of d parameters to N responses d/N of its variance; 0.1 is a choice, not a measurement."""
-ENOUGH = 0.9
+NOISE_PRICE = 0.3
+"""c of (10). Chance costs a fit of d parameters to N responses d/N of its variance; measured: docs/calibration.md."""
+ENOUGH = 0.8
 """K is enough where the fit keeps this share of the KL of the closed form."""
 MOST_SAMPLES = 1024
 _half = np.concatenate([[0.0], 0.5 ** np.arange(30, 4, -1.0), np.arange(2, 17) / 32])
@@ -139,10 +140,14 @@ def few_samples(form: ClosedForm, samples: int) -> FewSamples:
 
 
 def samples_needed(form: ClosedForm) -> int:
-    """The smallest K, to a tenth, at which the fit keeps ENOUGH of the KL; MOST_SAMPLES where none below does."""
-    ladder = sorted({int(np.ceil(2 * 1.1**step)) for step in range(65)})
-    for samples in ladder:
-        u = rank_probabilities(_U, samples) @ rank_targets(form, samples)
-        if _DU @ (np.exp(u) * u) >= ENOUGH * form.kl:
-            return samples
-    return MOST_SAMPLES
+    """The smallest K at which the fit keeps ENOUGH of the KL; MOST_SAMPLES where none below it does."""
+
+    def enough(samples: int) -> bool:
+        log_f = rank_probabilities(_U, samples) @ rank_targets(form, samples)
+        return bool(_DU @ (np.exp(log_f) * log_f) >= ENOUGH * form.kl)
+
+    low, high = 1, 2
+    while high < MOST_SAMPLES and not enough(high):
+        low, high = high, 2 * high
+    candidates = range(low + 1, min(high, MOST_SAMPLES) + 1)
+    return candidates[min(bisect_left(candidates, True, key=enough), len(candidates) - 1)]
