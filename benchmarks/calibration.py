@@ -2,18 +2,16 @@
 
     python benchmarks/calibration.py RUN [--samples 4 8 16 32 64 100] [--repeats 20]
 
-RUN is a run folder with many samples a prompt (400, say), sampled and scored. Of each prompt's samples K are drawn to
+RUN is a run folder with many samples a prompt (256, say), sampled and scored. Of each prompt's samples K are drawn to
 calibrate with, again and again, and the others tell the truth. For every estimator and K:
 
     error       root mean squared error of the calibrated reward of the K samples themselves, each left out of its own
                 comparison; the chance in the truth is taken off
     as good as  the K of ranks alone that has this error, 1 + 1 / (6 error^2)
-    W fitted    win rate of the policy that is fitted to the targets without other error: its log-ratio is their mean
-                over the draws
-    W learned   win rate of the policy that has learned one draw's targets by heart, chance and all
-    explained   share of the variance of the targets that is not chance
-
-Both policies have their log-ratios scaled so that the KL over the prompts is the budget.
+    found       what `pooling` itself takes this number for, from the K samples alone
+    win rate    of the policy that has learned the targets of one draw by heart, chance and all, and whose log-ratio is
+                scaled so that the mean KL over the prompts is the budget; on the half of the samples that are never
+                calibrated with, so that the estimators meet the same ones
 """
 
 import argparse
@@ -131,42 +129,30 @@ def measure(
     """One row of the table: an estimator at K samples."""
     generator = np.random.default_rng(seed)
     prompts, count = rewards.shape
-    total, squares, times = np.zeros_like(rewards), np.zeros_like(rewards), np.zeros_like(rewards)
-    errors, worths, learned = [], [], []
-    at = np.arange(prompts)[:, None]
+    half = count // 2
+    judged = np.sort(rewards[:, half:], axis=1)
+    errors, worths, rates = [], [], []
     for _ in range(repeats):
-        order = generator.permuted(np.tile(np.arange(count), (prompts, 1)), axis=1)
-        chosen, rest = order[:, :samples], np.sort(order[:, samples:], axis=1)
-        own, beside, worth = ESTIMATORS[name](rewards[at, chosen], rewards[at, rest], texts)
-        truth = beside_ranks(rewards[at, rest], rewards[at, chosen])
-        errors.append(squared_errors(own, truth, count - samples))
+        chosen = generator.permuted(np.tile(np.arange(half), (prompts, 1)), axis=1)
+        calibrating, left = np.split(np.take_along_axis(rewards[:, :half], chosen, axis=1), [samples], axis=1)
+        own, beside, worth = ESTIMATORS[name](calibrating, judged, texts)
+        rest = np.concatenate([left, judged], axis=1)
+        errors.append(squared_errors(own, beside_ranks(rest, calibrating), count - samples))
         worths.append(worth)
-        centers = np.clip(beside, 0.5 / (worth + 1), 1 - 0.5 / (worth + 1))
-        if name == "ranks":  # one more among K + 1
-            centers = (beside * worth + 0.5) / (worth + 1)
-        half = 0.5 / (worth + 1)
-        targets = interval_targets(form, np.maximum(centers - half, 0), np.minimum(centers + half, 1), worth + 1)
-        total[at, rest] += targets
-        squares[at, rest] += targets**2
-        times[at, rest] += 1
-        by_reward = np.argsort(rewards[at, rest], axis=1)
-        learned.append(win_rate_at(np.take_along_axis(targets, by_reward, axis=1), form))
-    mean = total / np.maximum(times, 1)
-    spread = np.maximum(squares / np.maximum(times, 1) - mean**2, 0) * times / np.maximum(times - 1, 1)  # of one draw
+        total = worth + 1  # a judged one is one more
+        middle = np.clip(beside, 0.5 / total, 1 - 0.5 / total) if name != "ranks" else (beside * worth + 0.5) / total
+        rates.append(win_rate_at(interval_targets(form, middle - 0.5 / total, middle + 0.5 / total, total), form))
     by_prompt = np.mean(errors, axis=0)
-    error = float(np.mean(by_prompt))
-    chance = float(np.std(by_prompt, ddof=1) / np.sqrt(prompts))
-    signal = float(np.var(mean) - np.mean(spread / np.maximum(times, 1)))
+    error, chance = max(float(by_prompt.mean()), 1e-6), float(by_prompt.std(ddof=1) / np.sqrt(prompts))
     return {
         "estimator": name,
         "samples": samples,
-        "error": float(np.sqrt(max(error, 0))),
-        "error_se": chance / (2 * float(np.sqrt(max(error, 1e-9)))),
-        "as_good_as": 1 + 1 / (6 * max(error, 1e-6)),
-        "worth_found": float(np.mean(worths)),
-        "win_rate_fitted": win_rate_at(np.take_along_axis(mean, np.argsort(rewards, axis=1), axis=1), form),
-        "win_rate_learned": float(np.mean(learned)),
-        "explained": signal / (signal + float(np.mean(spread))),
+        "error": float(np.sqrt(error)),
+        "error_se": chance / (2 * float(np.sqrt(error))),
+        "as_good_as": 1 + 1 / (6 * error),
+        "found": float(np.mean(worths)),
+        "win_rate": float(np.mean(rates)),
+        "win_rate_se": float(np.std(rates, ddof=1) / np.sqrt(repeats)),
     }
 
 
@@ -188,7 +174,7 @@ def main() -> None:
     print(f"{len(rewards)} prompts of {rewards.shape[1]} samples, {share:.0%} of the variance of rewards is between prompts")
     print(f"{form.procedure} at {form.kl:g} nats: {form.win_rate:.4f} is possible")
     print(f"{'estimator':<16}{'K':>5}{'error':>9}{'± se':>8}{'as good as':>12}{'found':>8}", end="")
-    print(f"{'W fitted':>10}{'W learned':>11}{'explained':>11}")
+    print(f"{'win rate':>10}{'± se':>8}")
     rows = []
     for samples in args.samples:
         for name in args.estimators:
@@ -196,8 +182,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{name:<16}{samples:>5}{row['error']:>9.4f}{row['error_se']:>8.4f}{row['as_good_as']:>12.0f}"
-                f"{row['worth_found']:>8.0f}{row['win_rate_fitted']:>10.4f}{row['win_rate_learned']:>11.4f}"
-                f"{row['explained']:>11.3f}",
+                f"{row['found']:>8.0f}{row['win_rate']:>10.4f}{row['win_rate_se']:>8.4f}",
                 flush=True,
             )
     about = {"prompts": len(rewards), "samples": rewards.shape[1], "between_prompts": share, "repeats": args.repeats}

@@ -6,15 +6,15 @@ Rewards are first replaced by normal scores of their pooled ranks, so that only 
     y = m_x + s_x e,    e ~ G, the same G for every prompt                                                  (11)
 
 m_x and s_x are the prompt's mean and deviation, shrunk towards the pooled ones by as much as the prompts are alike
-(empirical Bayes: m_x normal, s_x^2 inverse chi-squared; hyperparameters by moments, arXiv-free classics: Stein; Smyth
-2004). G is the distribution of the leave-one-out errors (y - m_x) / s_x of all samples, so that it contains what is
+(empirical Bayes: m_x normal, s_x^2 inverse chi-squared, hyperparameters by moments; Smyth 2004, doi
+10.2202/1544-6115.1027). G is the distribution of the leave-one-out errors (y - m_x) / s_x of all samples, so that it contains what is
 uncertain about m_x and s_x. Where (11) is wrong the prompt's own ranks are right on average, so the two are mixed,
 
     C = (1 - w) rank + w G((y - m_x) / s_x)                                                                  (12)
 
 and w minimizes the squared error: take two samples i and j of a prompt out; C of i is then a forecast of [r_j < r_i],
 and the mean squared error of such forecasts is that of C and a constant. So w is one least-squares coefficient, and
-how much smaller the error is than that of ranks alone says how many samples the mixture is worth.
+how much smaller the error is than that of ranks alone, less two standard errors, says how many samples (12) is worth.
 """
 
 from dataclasses import dataclass
@@ -85,10 +85,11 @@ def fit_pool(rewards: Floats) -> Pool:
         residual.append(outcome - ranks)
     difference, missing = np.concatenate(excess, axis=None), np.concatenate(residual, axis=None)
     weight = float(np.clip(difference @ missing / (difference @ difference), 0, 1))
-    gained = float(np.mean(missing**2 - (missing - weight * difference) ** 2))
-    error = max(1 / (6 * (samples - 2)) - gained, 1 / (6 * MOST_WORTH))  # of ranks: E[u (1 - u)] / (K - 2)
+    gains = np.mean((missing**2 - (missing - weight * difference) ** 2).reshape(-1, prompts, samples), axis=(0, 2))
+    gained = float(gains.mean() - 2 * gains.std(ddof=1) / np.sqrt(prompts))  # what is sure of it
+    error = max(1 / (6 * (samples - 2)) - max(gained, 0), 1 / (6 * MOST_WORTH))  # of ranks: E[u (1 - u)] / (K - 2)
     return Pool(
-        **{**pool.__dict__, "errors": errors, "weight": weight, "worth": int(round(1 / (6 * error))) + 1}
+        **{**pool.__dict__, "errors": errors, "weight": weight, "worth": max(int(1 / (6 * error)) + 1, samples)}
     )
 
 

@@ -33,14 +33,13 @@ def rms(places: np.ndarray, truth: np.ndarray) -> float:
 
 @pytest.mark.parametrize("samples", [4, 8, 32])
 def test_what_pooling_is_worth_is_what_it_says(samples):
-    """Against the true quantiles: a smaller error than ranks, and that of ranks among about `worth` samples."""
+    """Against the true quantiles: a smaller error than ranks, and that of ranks among at least `worth` samples."""
     rewards, truth = drawn(600, samples)
     pool = fit_pool(rewards)
     ranks = own_ranks(rewards)
     error = rms(pooled_places(pool, rewards, ranks), truth)
     assert error < 0.85 * rms(ranks, truth)
-    assert 1.3 * samples < pool.worth < 3 * samples
-    assert pool.worth == pytest.approx(1 + 1 / (6 * error**2), rel=0.25)
+    assert samples < pool.worth < 1.05 * (1 + 1 / (6 * error**2))
 
 
 def test_where_prompts_have_different_shapes_the_ranks_take_over():
