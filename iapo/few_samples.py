@@ -11,12 +11,13 @@ That is (1) with a transform of its own, so that (2) and (4) give its KL and win
 
 The targets are those for which f_K comes closest to the f of the closed form while chance stays small: the minimum of
 
-    KL(f || f_K) + (c / 2) integral of the variance of t_i at u,                                                   (10)
+    KL(f || f_K) / KL + c (integral of the variance of t_i at u) / (variance of log f),                            (10)
 
-a convex problem. At c = 0 its solution gives a response of the policy the same probability of each rank among K as one
-of the optimum has, and KL(f || f_K) is exactly what is missing from the KL that was asked for. The log of the mean of f
-over [(i - 1)/K, i/K], the obvious choice, and both expectations of f over U ~ Beta(i, K + 1 - i), which is what is
-known of u, are smoothed by (9) once more and fall far short of the KL; docs/calibration.md has the figures.
+the share of the KL that is lost and, at a price, the share of chance in the targets: a convex problem. At c = 0 its
+solution gives a response of the policy the same probability of each rank among K as one of the optimum has, and
+KL(f || f_K) is exactly what is missing from the KL that was asked for. The log of the mean of f over
+[(i - 1)/K, i/K], the obvious choice, and both expectations of f over U ~ Beta(i, K + 1 - i), which is what is known of
+u, are smoothed by (9) once more and fall far short of the KL; docs/calibration.md has the figures.
 """
 
 from bisect import bisect_left
@@ -35,10 +36,11 @@ from iapo.transforms import Transform
 
 Floats = NDArray[np.float64]
 
-NOISE_PRICE = 0.3
+NOISE_PRICE = 0.1
 """c of (10). Chance costs a fit of d parameters to N responses d/N of its variance; measured: docs/calibration.md."""
-ENOUGH = 0.8
-"""K is enough where the fit keeps this share of the KL of the closed form."""
+ENOUGH, MOST_NOISE = 0.8, 0.5
+"""K is enough where the fit keeps that share of the KL of the closed form and chance is at most this share of variance:
+a rule of thumb in place of K = 4n, with which it roughly agrees at moderate KL."""
 MOST_SAMPLES = 1024
 _half = np.concatenate([[0.0], 0.5 ** np.arange(30, 4, -1.0), np.arange(2, 17) / 32])
 _EDGES: Floats = np.unique(np.concatenate([_half, 1 - _half]))
@@ -90,7 +92,8 @@ def rank_targets(form: ClosedForm, samples: int) -> Floats:
     ranks = rank_probabilities(_U, samples)
     log_f = form.log_density(_U)
     wanted = ranks.T @ np.exp(log_f + np.log(_DU) - logsumexp(log_f, b=_DU))  # of each rank, under f
-    chance = NOISE_PRICE * (np.diag(ranks.T @ _DU) - ranks.T @ (ranks * _DU[:, None]))  # (10) is quadratic in t
+    price = 2 * NOISE_PRICE * form.kl / (_DU @ log_f**2 - (_DU @ log_f) ** 2)
+    chance = price * (np.diag(ranks.T @ _DU) - ranks.T @ (ranks * _DU[:, None]))  # (10) is quadratic in t
     level = np.full((samples, samples), 1 / samples)  # adding a constant to t changes nothing
 
     def normalized(t: Floats) -> Floats:
@@ -129,22 +132,28 @@ def few_samples(form: ClosedForm, samples: int) -> FewSamples:
     """What becomes of a closed form when calibrated rewards are ranks among K samples, by quadrature of (9)."""
     targets = rank_targets(form, samples)
     fitted = solve(form.procedure, form.opponent, RankMean(tuple(targets)), beta=1.0)
-    explained = _DU @ (rank_probabilities(_U, samples) @ targets) ** 2 - targets.mean() ** 2
     return FewSamples(
         samples=samples,
         kl=fitted.kl,
         win_rate=fitted.win_rate,
         optimal_win_rate=optimal_win_rate(form.procedure, form.opponent, fitted.kl),
-        noise=float(1 - explained / targets.var()),
+        noise=_noise(targets, rank_probabilities(_U, samples) @ targets),
     )
 
 
+def _noise(targets: Floats, log_f: Floats) -> float:
+    """The share of the variance of the targets that is not that of their mean, log f_K at the nodes."""
+    return float(1 - (_DU @ log_f**2 - targets.mean() ** 2) / targets.var())
+
+
 def samples_needed(form: ClosedForm) -> int:
-    """The smallest K at which the fit keeps ENOUGH of the KL; MOST_SAMPLES where none below it does."""
+    """The smallest K that is enough for a closed form; MOST_SAMPLES where none below it is."""
 
     def enough(samples: int) -> bool:
-        log_f = rank_probabilities(_U, samples) @ rank_targets(form, samples)
-        return bool(_DU @ (np.exp(log_f) * log_f) >= ENOUGH * form.kl)
+        targets = rank_targets(form, samples)
+        log_f = rank_probabilities(_U, samples) @ targets
+        kept = _DU @ (np.exp(log_f) * log_f) >= ENOUGH * form.kl
+        return bool(kept and _noise(targets, log_f) <= MOST_NOISE)
 
     low, high = 1, 2
     while high < MOST_SAMPLES and not enough(high):

@@ -7,8 +7,9 @@ Rewards are first replaced by normal scores of their pooled ranks, so that only 
 
 m_x and s_x are the prompt's mean and deviation, shrunk towards the pooled ones by as much as the prompts are alike
 (empirical Bayes: m_x normal, s_x^2 inverse chi-squared, hyperparameters by moments; Smyth 2004, doi
-10.2202/1544-6115.1027). G is the distribution of the leave-one-out errors (y - m_x) / s_x of all samples, so that it contains what is
-uncertain about m_x and s_x. Where (11) is wrong the prompt's own ranks are right on average, so the two are mixed,
+10.2202/1544-6115.1027). G is the distribution of the leave-one-out errors (y - m_x) / s_x of all samples, so that it
+contains what is uncertain about m_x and s_x. Where (11) is wrong the prompt's own ranks are right on average, so the
+two are mixed,
 
     C = (1 - w) rank + w G((y - m_x) / s_x)                                                                  (12)
 
@@ -78,9 +79,7 @@ def fit_pool(rewards: Floats) -> Pool:
         other, z = np.roll(rewards, shift, axis=1), np.roll(y, shift, axis=1)
         outcome = (other < rewards) + (other == rewards) / 2
         ranks = (below * (samples - 1) - outcome) / (samples - 2)
-        model = _distribution(
-            errors, _standardized(pool, y, samples - 2, total - y - z, squares - y**2 - z**2)
-        )
+        model = _distribution(errors, _standardized(pool, y, samples - 2, total - y - z, squares - y**2 - z**2))
         excess.append(model - ranks)
         residual.append(outcome - ranks)
     difference, missing = np.concatenate(excess, axis=None), np.concatenate(residual, axis=None)
@@ -139,7 +138,7 @@ def _standardized(pool: Pool, y: Floats, samples: int, total: Floats, squares: F
 
 
 def _freedom(y: Floats) -> float:
-    """Degrees of freedom of the prior of s_x^2, from how alike the deviations of two halves of a prompt's samples are."""
+    """Degrees of freedom of the prior of s_x^2, from how alike the deviations of two halves of a prompt are."""
     half = y.shape[1] // 2
     first, second = (np.log(np.var(part, axis=1, ddof=1) + 1e-12) for part in (y[:, :half], y[:, half:]))
     shared = float(np.cov(first, second)[0, 1])  # the variance of log s_x^2: trigamma(freedom / 2)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iapo.closed_form import ClosedForm, Frontier
-from iapo.few_samples import ENOUGH, few_samples, rank_targets, samples_needed
+from iapo.few_samples import ENOUGH, MOST_NOISE, few_samples, rank_targets, samples_needed
 
 SHOWN = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the calibrated reward
 
@@ -32,7 +32,7 @@ def closed_form_record(form: ClosedForm, samples: int | None = None) -> dict[str
 
 
 def few_samples_record(form: ClosedForm, samples: int) -> dict[str, Any]:
-    """What `--samples` adds: the policy fitted to ranks among K samples, its targets by rank, and the K that would do."""
+    """What `--samples` adds: the policy fitted to ranks among K samples, its targets, and the K that would do."""
     targets = rank_targets(form, samples).tolist()
     return asdict(few_samples(form, samples)) | {"targets": targets, "samples_needed": samples_needed(form)}
 
@@ -69,7 +69,10 @@ def print_closed_form(form: ClosedForm, as_json: bool, samples: int | None = Non
         values = (found[key] for key in ("win_rate", "optimal_win_rate"))
         lost.add_row(f"{found['kl']:.6g}", *(f"{value:.6f}" for value in values), f"{found['noise']:.1%}")
         console.print(f"\nFitted to ranks among [bold]{samples}[/] samples a prompt, without other error\n")
-        console.print(lost, f"\n{found['samples_needed']} samples keep {ENOUGH:.0%} of the KL.")
+        console.print(lost)
+        console.print(
+            f"\n{found['samples_needed']} samples would keep {ENOUGH:.0%} of the KL and have at most {MOST_NOISE:.0%} chance."
+        )
 
 
 def print_frontier(frontier: Frontier, as_json: bool) -> None:
