@@ -83,7 +83,8 @@ def run(config: Config, manifest: Manifest) -> None:
         )
     if equal:
         log.warning("calibrate: %d prompts have equal rewards throughout and teach nothing; train drops them", equal)
-    distance = ks_distance(held_out_places(frame, config.seed, pool=config.calibrate.pool))
+    held_out = pooled_held_out_places if config.calibrate.pool else held_out_places
+    distance = ks_distance(held_out(frame, config.seed))
     if distance > BAD_KS:
         log.warning(
             "calibrate: calibrated rewards of held-out reference samples are %.3f away from uniform (KS distance); "
@@ -205,8 +206,8 @@ def _untied(frame: pd.DataFrame) -> Floats:
     counts = reference.groupby("prompt_id", sort=False).size()
     if counts.nunique() != 1 or counts.iloc[0] < LEAST_SAMPLES or len(counts) < 2:
         raise UserError(
-            f"calibrate.pool: {len(counts)} prompts without many ties, of {counts.min()} to {counts.max()} samples; "
-            f"expected some, of equally many samples and at least {LEAST_SAMPLES}: set calibrate.pool: false"
+            f"calibrate.pool: {len(counts)} training or held-out prompts without many ties; expected two or more with "
+            f"equally many samples, at least {LEAST_SAMPLES}: set calibrate.pool: false"
         )
     return reference["reward"].to_numpy(dtype=np.float64).reshape(len(counts), -1)
 
@@ -229,28 +230,32 @@ def _places(below: Counts, equal: Counts, others: Counts | int) -> Places:
     return Places((below + equal / 2) / others, below / total, (below + equal + 1) / total)
 
 
-def held_out_places(frame: pd.DataFrame, seed: int, *, pool: bool = False) -> Floats:
+def held_out_places(frame: pd.DataFrame, seed: int) -> Floats:
     """Calibrated rewards of every other reference sample of held-out prompts, judged by the rest.
 
     A sample's rank is spread over its own cell of width 1/(K + 1) at random, so that exchangeable samples without
-    ties come out exactly uniform for every K; ties are left at their middle, where they show. With `pool`, what
-    prompts have in common is learned from the rest of the samples of the other prompts alone.
+    ties come out exactly uniform for every K; ties are left at their middle, where they show.
     """
     generator = np.random.default_rng(seed)
-    reference = frame[frame["source"] == "reference"].sort_values(["prompt_id", "sample_id"])
-    every_other = reference.groupby("prompt_id").cumcount() % 2 == 1
-    held_out = reference["split"] == "holdout"
-    learned = fit_pool(_untied(reference[~every_other & ~held_out])) if pool else None
-    untied = set(_untied_prompts(reference[~every_other]))
+    held_out = frame[(frame["split"] == "holdout") & (frame["source"] == "reference")]
     places = []
-    for name, group in reference[held_out].groupby("prompt_id", sort=False):
-        rewards = group["reward"].to_numpy(dtype=np.float64)
-        judges, judged = rewards[::2], rewards[1::2]
-        ranks = spread_ranks(np.sort(judges), judged, generator)
-        if learned is not None and name in untied:
-            ranks = pooled_places_beside(learned, judges[None], np.zeros(len(judged), np.int64), judged, ranks)
-        places.append(ranks)
+    for _, group in held_out.groupby("prompt_id", sort=False):
+        rewards = group.sort_values("sample_id")["reward"].to_numpy(dtype=np.float64)
+        places.append(spread_ranks(np.sort(rewards[::2]), rewards[1::2], generator))
     return np.concatenate(places) if places else np.empty(0)
+
+
+def pooled_held_out_places(frame: pd.DataFrame, seed: int) -> Floats:
+    """Pooled calibrated rewards of held-out prompts, each sample judged by the other samples of its prompt.
+
+    What prompts have in common is learned from the training prompts alone. Ranks are spread over cells of width 1/K at
+    random. Prompts where most samples tie are left out, for they keep their ranks.
+    """
+    learned = fit_pool(_untied(frame[frame["split"] != "holdout"]))
+    rewards = _untied(frame[frame["split"] == "holdout"])
+    cells = np.random.default_rng(seed).random(rewards.shape)
+    ranks = (np.argsort(np.argsort(rewards, axis=1), axis=1) + cells) / rewards.shape[1]
+    return pooled_places(learned, rewards, ranks).ravel()
 
 
 def spread_ranks(reference: Floats, rewards: Floats, generator: np.random.Generator) -> Floats:

@@ -71,7 +71,7 @@ def print_closed_form(form: ClosedForm, as_json: bool, samples: int | None = Non
         console.print(f"\nFitted to ranks among [bold]{samples}[/] samples a prompt, without other error\n")
         console.print(lost)
         console.print(
-            f"\n{found['samples_needed']} samples would keep {ENOUGH:.0%} of the KL and have at most {MOST_NOISE:.0%} chance."
+            f"\n{found['samples_needed']} samples keep {ENOUGH:.0%} of the KL, with at most {MOST_NOISE:.0%} chance."
         )
 
 

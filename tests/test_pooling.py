@@ -8,7 +8,14 @@ import pytest
 from scipy.special import ndtr
 from scipy.stats import gamma, rankdata
 
-from iapo.calibrate import BAD_KS, calibrate, held_out_places, ks_distance, pool_places
+from iapo.calibrate import (
+    BAD_KS,
+    calibrate,
+    held_out_places,
+    ks_distance,
+    pool_places,
+    pooled_held_out_places,
+)
 from iapo.closed_form import solve
 from iapo.pooling import fit_pool, normal_scores, pooled_places, pooled_places_beside
 from iapo.store import read_manifest, read_table
@@ -96,9 +103,11 @@ def table(rewards: np.ndarray, holdout: int = 0) -> pd.DataFrame:
 
 def test_held_out_samples_are_uniform_and_prompts_of_another_shape_show():
     rewards, _ = drawn(240, 32)
-    even = ks_distance(held_out_places(table(rewards, 80), 0, pool=True))
+    for samples in (4, 32):
+        assert ks_distance(pooled_held_out_places(table(drawn(240, samples)[0], 80), 0)) < 0.07
+    even = ks_distance(pooled_held_out_places(table(rewards, 80), 0))
     rewards[:80] = np.where(rewards[:80] > 0, 3, 0) + 0.01 * rewards[:80]  # held-out prompts of two lumps each
-    odd = ks_distance(held_out_places(table(rewards, 80), 0, pool=True))
+    odd = ks_distance(pooled_held_out_places(table(rewards, 80), 0))
     assert even < 0.05 < odd
     assert ks_distance(held_out_places(table(rewards, 80), 0)) < 0.05 < BAD_KS  # of ranks alone
 
@@ -123,12 +132,13 @@ def test_places_of_given_responses_and_of_prompts_that_tie():
     assert all(np.all(np.diff(group.to_numpy()) > -0.5) for _, group in by_reward)
 
 
-def test_stage_pools_when_asked(tmp_path, tiny_run, iapo, caplog):
-    path = tiny_run(sample={"samples_per_prompt": 16}, calibrate={"pool": True})
+@pytest.mark.parametrize("samples", [5, 16])
+def test_stage_pools_when_asked(tmp_path, tiny_run, iapo, caplog, samples):
+    path = tiny_run(sample={"samples_per_prompt": samples}, calibrate={"pool": True})
     assert [iapo(stage, path).code for stage in ("prompts", "sample", "score", "calibrate")] == [0] * 4
     record = read_manifest(tmp_path / "run", "calibrate")
     calibrated = read_table(tmp_path / "run" / "calibrated.parquet").to_pandas()
-    assert record is not None and record["samples_worth"] >= 16 and "pooled over prompts" in caplog.text
+    assert record is not None and record["samples_worth"] >= samples and "pooled over prompts" in caplog.text
     assert set(calibrated["samples"]) == {record["samples_worth"]}
     assert calibrated["calibrated_reward"].between(0, 1).all()
 
