@@ -86,6 +86,10 @@ class RewardConfig(Section):
         return self
 
 
+class CalibrateConfig(Section):
+    pool: bool = Field(False, description="share strength across prompts, so that fewer samples a prompt will do")
+
+
 class ObjectiveConfig(Section):
     procedure: str = Field("best_of(4)", description="what is done at inference: best_of(4), worst_of(4), sample")
     opponent: str | None = Field(None, description="the procedure given to the reference; by default the same")
@@ -130,6 +134,7 @@ class Config(Section):
     prompts: PromptsConfig
     sample: SampleConfig = SampleConfig()
     reward: RewardConfig
+    calibrate: CalibrateConfig = CalibrateConfig()
     objective: ObjectiveConfig
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
