@@ -43,7 +43,7 @@ class PromptsConfig(Section):
 
 
 class SampleConfig(Section):
-    samples_per_prompt: int = Field(32, ge=2, description="K: reference responses a prompt; calibrate says what K costs")
+    samples_per_prompt: int = Field(32, ge=2, description="K reference responses a prompt; calibrate says its cost")
     max_new_tokens: int = Field(512, ge=1, description="longest response; one that is cut is kept as cut")
     temperature: float = Field(1.0, gt=0, description="of the policy, in sampling and in log-probabilities alike")
     engine: Literal["transformers", "openai", "vllm"] = Field("transformers", description="what samples")

@@ -74,7 +74,7 @@ def test_frontier_prints_a_table():
     ("arguments", "message"),
     [
         (["transform", "best_of(4"], "character 10: expected ), found the end"),
-        (["transform", "best_of(4)"], "exactly one of target_kl (nats), beta and target_win_rate"),
+        (["transform", "best_of(4)"], "exactly one of target_kl (nats) and beta"),
         (["transform", "best_of(4)", "--target-kl", "1", "--transform", "sqrt"], "unknown transform 'sqrt'"),
         (["transform", "best_of(4)", "--target-kl", "1", "--plot", "figure.docx"], "ending in .png, .svg or .pdf"),
         (["frontier", "best_of(4)", "--opponent", "wrst_of(2)"], "did you mean worst_of?"),
