@@ -21,6 +21,7 @@ from iapo.transforms import Optimal
 Floats = NDArray[np.float64]
 _SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
 _HALVINGS = 60
+_GOLDEN, _GOLDEN_STEPS = (5**0.5 - 1) / 2, 25
 
 
 def tie_pattern(rewards: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -99,8 +100,7 @@ def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
     x = mass_at_top[:, None] + (1 - mass_at_top[:, None]) * scan
     missing = np.stack([_shoot(masses, x[:, i], pairs, beta)[1] for i in range(len(scan))], axis=1)
     missing[:, 0], missing[:, -1] = np.maximum(missing[:, 0], 0), np.minimum(missing[:, -1], 0)
-    row, column = np.nonzero((missing[:, :-1] >= 0) != (missing[:, 1:] > 0))
-    low, high, sign = x[row, column], x[row, column + 1], np.where(missing[row, column] >= 0, 1, -1)
+    row, low, high, sign = _crossings(masses, x, missing, pairs, beta)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = sign * _shoot(masses[row], middle, pairs, beta)[1] > 0
@@ -109,6 +109,39 @@ def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
     value = atom_win_rate(masses[row], log_f, pairs) - beta * atom_kl(masses[row], log_f)
     best = np.lexsort((value, row))  # the last of each row is its best
     return log_f[best[np.searchsorted(row[best], np.arange(len(masses)), side="right") - 1]]
+
+
+def _crossings(
+    masses: Floats, x: Floats, missing: Floats, pairs: tuple[Pairing, ...], beta: float
+) -> tuple[NDArray[np.intp], Floats, Floats, Floats]:
+    """Where what is missing changes its sign: row, low and high end in x, and the sign at the low end.
+
+    x, missing: (rows, points). Two crossings between neighbouring points show as a minimum of its size, which is
+    followed to its bottom.
+    """
+    positive = np.concatenate([missing[:, :1] >= 0, missing[:, 1:] > 0], axis=1)
+    row, column = np.nonzero(positive[:, :-1] != positive[:, 1:])
+    low, high, sign = x[row, column], x[row, column + 1], np.where(positive[row, column], 1.0, -1.0)
+    size = np.abs(missing)
+    dips = (size[:, 1:-1] <= size[:, :-2]) & (size[:, 1:-1] <= size[:, 2:])
+    dips &= (positive[:, 1:-1] == positive[:, :-2]) & (positive[:, 1:-1] == positive[:, 2:])
+    at, middle = np.nonzero(dips)
+    left, right = x[at, middle], x[at, middle + 2]
+    side = np.where(positive[at, middle + 1], 1.0, -1.0)
+    for _ in range(_GOLDEN_STEPS):
+        inner = [left + share * (right - left) for share in (1 - _GOLDEN, _GOLDEN)]
+        below = [side * _shoot(masses[at], point, pairs, beta)[1] for point in inner]
+        to_the_left = below[0] < below[1]
+        left, right = np.where(to_the_left, left, inner[0]), np.where(to_the_left, inner[1], right)
+    bottom = (left + right) / 2
+    crossed = side * _shoot(masses[at], bottom, pairs, beta)[1] < 0
+    at, middle, bottom, side = at[crossed], middle[crossed], bottom[crossed], side[crossed]
+    return (
+        np.concatenate([row, at, at]),
+        np.concatenate([low, x[at, middle], bottom]),
+        np.concatenate([high, bottom, x[at, middle + 2]]),
+        np.concatenate([sign, side, -side]),
+    )
 
 
 def _shoot(masses: Floats, top: Floats, pairs: tuple[Pairing, ...], beta: float) -> tuple[Floats, Floats]:

@@ -153,6 +153,7 @@ def transform(
     target_kl: Annotated[float | None, typer.Option(metavar="K", help="KL from the reference, in nats")] = None,
     beta: Annotated[float | None, typer.Option(metavar="B", help="weight of the KL, instead of --target-kl")] = None,
     target_win_rate: Annotated[float | None, typer.Option(metavar="W", help="win rate, instead of --target-kl")] = None,
+    samples: Annotated[int | None, typer.Option(metavar="K", help="what calibrating with K samples leaves")] = None,
     as_json: AsJson = False,
     plot: Plot = None,
 ):
@@ -161,7 +162,7 @@ def transform(
     from iapo.tables import print_closed_form
 
     form = solve(procedure, opponent, transform, beta=beta, target_kl=target_kl, target_win_rate=target_win_rate)
-    print_closed_form(form, as_json)
+    print_closed_form(form, as_json, samples)
     if plot:
         from iapo.plots import save_closed_form
 

@@ -43,7 +43,7 @@ class PromptsConfig(Section):
 
 
 class SampleConfig(Section):
-    samples_per_prompt: int = Field(32, ge=2, description="reference responses a prompt; best_of(n) needs about 4n")
+    samples_per_prompt: int = Field(32, ge=2, description="K reference responses a prompt; calibrate says its cost")
     max_new_tokens: int = Field(512, ge=1, description="longest response; one that is cut is kept as cut")
     temperature: float = Field(1.0, gt=0, description="of the policy, in sampling and in log-probabilities alike")
     engine: Literal["transformers", "openai", "vllm"] = Field("transformers", description="what samples")
@@ -86,6 +86,10 @@ class RewardConfig(Section):
         return self
 
 
+class CalibrateConfig(Section):
+    pool: bool = Field(False, description="share strength across prompts, so that fewer samples a prompt will do")
+
+
 class ObjectiveConfig(Section):
     procedure: str = Field("best_of(4)", description="what is done at inference: best_of(4), worst_of(4), sample")
     opponent: str | None = Field(None, description="the procedure given to the reference; by default the same")
@@ -106,7 +110,9 @@ class TrainConfig(Section):
     learning_rate: float = Field(3e-4, gt=0, description="peak; larger ones spend the KL on noise")
     epochs: float = Field(1.0, gt=0, description="passes over the training responses")
     batch_size: int = Field(64, ge=1, description="responses an optimizer step, over all devices and accumulation")
-    micro_batch_size: int = Field(16, ge=1, description="responses a forward pass on one device")
+    micro_batch_size: int = Field(
+        16, ge=1, description="longest responses a forward pass; more where they share prompts"
+    )
     gradient_checkpointing: bool = Field(True, description="less memory for a third more time; GPU only")
     evaluations: int = Field(5, ge=1, description="measurements on held-out prompts during training, and checkpoints")
 
@@ -128,6 +134,7 @@ class Config(Section):
     prompts: PromptsConfig
     sample: SampleConfig = SampleConfig()
     reward: RewardConfig
+    calibrate: CalibrateConfig = CalibrateConfig()
     objective: ObjectiveConfig
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

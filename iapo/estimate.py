@@ -14,6 +14,10 @@ NF4_BYTES = 4.127 / 8
 """Bytes a weight in NF4 with double quantization: 4 bits, and 0.127 for the constants (QLoRA, arXiv 2305.14314)."""
 OVERHEAD = 0.8e9
 """Bytes of the CUDA context and of workspaces; assumed."""
+LOGITS = 4 * 2**26
+"""Bytes of the logits that exist at a time, in float32 (`token_logprobs.CHUNK`)."""
+TOGETHER = 8
+"""Responses that share a prompt in training (`packed_trainer.TOGETHER`)."""
 EFFICIENCY = 0.35
 """Share of a card's peak rates that is reached; assumed, small models and short batches reach less."""
 
@@ -73,15 +77,17 @@ def estimate(config: Config, card: Card) -> list[Need]:
     sampling = (
         weights + cache_bytes(base, config.sample.batch_size, length) + logit_bytes(base, config.sample.batch_size)
     )
-    forward = weights + forward_bytes(base, train.micro_batch_size, length, new_tokens)
+    tokens = train.micro_batch_size * length  # of a forward pass, shared prompts counted once
+    forward = weights + forward_bytes(base, tokens) + 3 * LOGITS
     training = (
         weights
         + adapter_bytes(base, train.lora_rank)
-        + activation_bytes(base, train.micro_batch_size, length, train.gradient_checkpointing)
-        + 3 * logit_bytes(base, train.micro_batch_size * new_tokens)
+        + activation_bytes(base, tokens, train.lora_rank, train.gradient_checkpointing)
+        + 3 * LOGITS
     )
     evaluated = held_out * config.evaluate.samples_per_prompt * (2 + len(config.evaluate.adapters))
-    work = forward_seconds(base, length, card)
+    shared = forward_seconds(base, prompt_tokens / TOGETHER + new_tokens, card)
+    once = forward_seconds(base, prompt_tokens / config.sample.samples_per_prompt + new_tokens, card)
     passes = 3 + (1 if train.gradient_checkpointing else 0) - 1  # forward, input gradients, and again if checkpointed
     steps_bytes = weights / config.sample.batch_size / card.bandwidth
     drawing = new_tokens * max(steps_bytes, 2 * (base.linear + base.other) / card.rate) / EFFICIENCY
@@ -89,13 +95,13 @@ def estimate(config: Config, card: Card) -> list[Need]:
     if config.reward.model is not None:
         reward = model_shape(ModelConfig(base=config.reward.model, revision=config.reward.revision), reward=True)
         scoring = weight_bytes(reward, config.reward.quantization)
-        scoring += forward_bytes(reward, config.reward.batch_size, length, 0)
+        scoring += forward_bytes(reward, config.reward.batch_size * length)
         found.append(Need("score", scoring + OVERHEAD, samples * forward_seconds(reward, length, card)))
     return [
         *found,
-        Need("ref_logprobs", forward + OVERHEAD, samples * work),
-        Need("train", training + OVERHEAD, (prompts - held_out) / prompts * samples * epochs * passes * work),
-        Need("evaluate", max(sampling, forward) + OVERHEAD, evaluated * (drawing + 2 * work)),
+        Need("ref_logprobs", forward + OVERHEAD, samples * once),
+        Need("train", training + OVERHEAD, (prompts - held_out) / prompts * samples * epochs * passes * shared),
+        Need("evaluate", max(sampling, forward) + OVERHEAD, evaluated * (drawing + 2 * once)),
     ]
 
 
@@ -162,15 +168,24 @@ def logit_bytes(shape: Shape, positions: int) -> float:
     return positions * shape.vocabulary * (2 + 4)
 
 
-def forward_bytes(shape: Shape, rows: int, length: int, scored: int) -> float:
-    """One layer's activations and the logits of the scored positions, 16 bits."""
-    return rows * length * (4 * shape.hidden + 3 * shape.intermediate) * 2 + rows * scored * shape.vocabulary * 2
+def forward_bytes(shape: Shape, tokens: int) -> float:
+    """One layer's activations, 16 bits."""
+    return tokens * (4 * shape.hidden + 3 * shape.intermediate) * 2
 
 
-def activation_bytes(shape: Shape, rows: int, length: int, checkpointing: bool) -> float:
-    """Kept for the backward pass, 16 bits: a layer's input each and one layer in full, or every layer in full."""
-    one_layer = rows * length * (12 * shape.hidden + 6 * shape.intermediate) * 2
-    return shape.layers * rows * length * shape.hidden * 2 + one_layer if checkpointing else shape.layers * one_layer
+def kept_numbers(shape: Shape, rank: int) -> float:
+    """Numbers a token that a layer with LoRA on all its linear layers keeps for the backward pass, frozen otherwise.
+
+    Hidden states before and after each of two norms, queries and attention's output (6), keys and values, the four
+    of a gated MLP (gate, its activation, up, their product), and seven inner states of LoRA.
+    """
+    return 6 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate + 7 * rank
+
+
+def activation_bytes(shape: Shape, tokens: int, rank: int, checkpointing: bool, width: int = 2) -> float:
+    """Kept for the backward pass, of `width` bytes a number: a layer's input each and one layer, or every layer."""
+    one_layer = tokens * kept_numbers(shape, rank) * width
+    return shape.layers * tokens * shape.hidden * width + one_layer if checkpointing else shape.layers * one_layer
 
 
 def adapter_bytes(shape: Shape, rank: int) -> float:
@@ -181,6 +196,6 @@ def adapter_bytes(shape: Shape, rank: int) -> float:
     return shape.layers * per_layer * 4 * 4
 
 
-def forward_seconds(shape: Shape, length: int, card: Card) -> float:
-    """One forward pass over one response with its prompt: two operations a weight and token."""
+def forward_seconds(shape: Shape, length: float, card: Card) -> float:
+    """One forward pass over so many tokens: two operations a weight and token."""
     return 2 * (shape.linear + shape.other) * length / (card.rate * EFFICIENCY)

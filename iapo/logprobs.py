@@ -1,5 +1,6 @@
 """Log-probabilities of responses: of the sampled token ids, summed in float32, whatever the padding or batch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,68 +8,159 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iapo.shared_prefix import ATTENTION, Layout, register
+from iapo.token_logprobs import Scored, teach
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and responses as one right-padded batch; B sequences, L the longest.
+    """B responses to their prompts as S sequences of at most L tokens, in which N response tokens are scored.
 
-    input_ids [B, L], attention_mask [B, L], response_mask [B, L] true at response tokens, first: the earliest
-    position of any response token.
+    input_ids and position_ids [S, L]. attention_mask: [S, L] where sequences are padded, else [1, 1, 1, 1], which
+    means that layout says who sees whom. before [N]: flat positions of the hidden states that predict the response
+    tokens; targets [N]: their ids, response by response; counts [B]: how many each response has.
     """
 
     input_ids: Tensor
+    position_ids: Tensor
     attention_mask: Tensor
-    response_mask: Tensor
-    first: int
+    before: Tensor
+    targets: Tensor
+    counts: Tensor
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether a model can take a prompt once for all its responses, up to how many tokens of the two together."""
+
+    possible: bool
+    longest: float = float("inf")
+
+    def allows(self, length: int) -> bool:
+        """For a prompt with a response of this many tokens together."""
+        return self.possible and length <= self.longest
 
 
 def make_batch(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, device: torch.device | str = "cpu"
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    pad_id: int,
+    sharing: Sharing,
+    device: torch.device | str = "cpu",
 ) -> Batch:
-    """Join prompt and response token ids and pad them on the right."""
+    """Responses as one batch in their order: each prompt once if the model allows it, else padded on the right."""
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    make = _shared_batch if sharing.allows(longest) else _padded_batch
+    return make(prompts, responses, pad_id, device)
+
+
+def _shared_batch(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, device: torch.device | str
+) -> Batch:
+    """One sequence without padding: a prompt, its responses by length, the next prompt with its own, ...
+
+    The last token of a response predicts nothing and is left out.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, ids_of in enumerate(prompts):
+        groups.setdefault(tuple(ids_of), []).append(row)
+    ids: list[int] = []
+    positions: list[int] = []
+    before: list[list[int]] = [[] for _ in prompts]
+    layout = []
+    for prompt, rows in groups.items():
+        rows.sort(key=lambda row: len(responses[row]))
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        for row in rows:
+            length = len(responses[row]) - 1
+            before[row] = [last, *range(len(ids), len(ids) + length)]
+            ids += responses[row][:length]
+            positions += range(len(prompt), len(prompt) + length)
+        layout.append((len(prompt), tuple(len(responses[row]) - 1 for row in rows)))
+    return Batch(
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        torch.tensor([place for places in before for place in places], device=device),
+        torch.tensor([token for response in responses for token in response], device=device),
+        torch.tensor([len(response) for response in responses], device=device),
+        Layout(tuple(layout)),
+    )
+
+
+def _padded_batch(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, device: torch.device | str
+) -> Batch:
+    """A sequence for each response."""
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids, seen, scored = [], [], []
-    for prompt, response in zip(prompts, responses, strict=True):
-        pad = width - len(prompt) - len(response)
-        ids.append([*prompt, *response, *[pad_id] * pad])
-        seen.append([1] * (width - pad) + [0] * pad)
-        scored.append([False] * len(prompt) + [True] * len(response) + [False] * pad)
+    ids, seen = [], []
+    before: list[int] = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        length = len(prompt) + len(response)
+        ids.append([*prompt, *response, *[pad_id] * (width - length)])
+        seen.append([1] * length + [0] * (width - length))
+        before += range(row * width + len(prompt) - 1, row * width + length - 1)
     return Batch(
         torch.tensor(ids, device=device),
+        torch.arange(width, device=device).expand(len(ids), width),
         torch.tensor(seen, device=device),
-        torch.tensor(scored, device=device),
-        min(map(len, prompts)),
+        torch.tensor(before, device=device),
+        torch.tensor([token for response in responses for token in response], device=device),
+        torch.tensor([len(response) for response in responses], device=device),
+        None,
     )
 
 
 def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log π(y|x) [B], float32: the sum over response tokens, each given all before it.
 
-    Only positions from the shortest prompt's end on go through the output matrix. The same temperature as in
-    sampling divides the logits, so that this is the log-probability under the policy that is sampled.
+    The same temperature as in sampling divides the logits, so that this is the log-probability under the policy that
+    is sampled. model: one that `sharing_of` has seen, or a wrapper around it.
     """
-    length = batch.input_ids.shape[1]
-    logits = model(
+    per_token = model(
         input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
-        logits_to_keep=length - batch.first + 1,
-    ).logits[:, :-1]
-    targets = batch.input_ids[:, batch.first :]
-    per_token = token_logprobs(logits, targets, temperature)
-    return per_token.masked_fill(~batch.response_mask[:, batch.first :], 0.0).sum(-1)
+        scored=Scored(batch.before, batch.targets, temperature),
+        **({} if batch.layout is None else {"shared_prefix": batch.layout}),
+    ).logits
+    return torch.segment_reduce(per_token, "sum", lengths=batch.counts)
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the targets, float32.
+def pack(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], budget: int, sharing: Sharing
+) -> list[list[int]]:
+    """Split responses into batches of at most `budget` tokens, by length, prompts together: lists of row numbers.
 
-    logits [B, T, V], targets [B, T] -> [B, T]. Row by row, so that at most [T, V] is ever held in float32.
+    A prompt counts once in a batch if it is shared; a row longer than the budget is a batch of its own.
     """
-    rows = []
-    for row, target in zip(logits, targets, strict=True):
-        scaled = row.float() / temperature
-        rows.append(scaled.gather(-1, target[:, None])[:, 0] - scaled.logsumexp(-1))
-    return torch.stack(rows)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    shared = bool(lengths) and sharing.allows(max(lengths))
+    groups: dict[Any, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(tuple(prompt) if shared else row, []).append(row)
+    parts: list[list[int]] = []
+    used = budget + 1
+    for rows in sorted(groups.values(), key=lambda rows: (max(lengths[row] for row in rows), rows)):
+        rows.sort(key=lambda row: (lengths[row], row))
+        first = True
+        for row in rows:
+            if shared:
+                more = used + (lengths[row] if first else len(responses[row]))
+            else:  # padded to the longest, which comes last
+                more = (len(parts[-1]) + 1) * lengths[row] if parts else used
+            if more > budget:
+                parts.append([])
+                more = lengths[row]
+            parts[-1].append(row)
+            used, first = more, False
+    return parts
 
 
 @torch.inference_mode()
@@ -81,13 +173,99 @@ def logprobs_of(
     batch_size: int,
     temperature: float = 1.0,
 ) -> list[float]:
-    """Log-probabilities of many responses in their order, computed in batches of similar length, without gradients."""
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    values = [0.0] * len(lengths)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = make_batch([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id, model.device)
-        for index, value in zip(chosen, response_logprobs(model, batch, temperature).tolist(), strict=True):
+    """Log-probabilities of many responses in their order, without gradients.
+
+    A forward pass takes as many tokens as `batch_size` of the longest rows have without sharing.
+    """
+    sharing = sharing_of(model)
+    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+    values = [0.0] * len(responses)
+    for rows in pack(prompts, responses, batch_size * longest, sharing):
+        batch = make_batch([prompts[i] for i in rows], [responses[i] for i in rows], pad_id, sharing, model.device)
+        for index, value in zip(rows, response_logprobs(model, batch, temperature).tolist(), strict=True):
             values[index] = value
     return values
+
+
+def sharing_of(model: Any) -> Sharing:
+    """Make a causal language model (or PEFT's wrapper of one) score responses, and find out what it can share.
+
+    Done once a model, before it is wrapped for several devices. What a model can do is tried on a few tokens, beside
+    its own logits of one sequence at a time: an architecture that is not known falls back and says so.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = getattr(inner, "_iapo_sharing", None)
+    if found is None:
+        found = inner._iapo_sharing = _try_sharing(inner)
+    return found
+
+
+def _try_sharing(inner: Any) -> Sharing:
+    name = inner.config.model_type
+    expected = _expected(inner)
+    teach(inner)
+    if why := _differs(inner, expected, Sharing(False)):
+        teach(inner, logits=True)
+        log.warning("%s models make something unknown of their logits (%s); whole logits are kept", name, why)
+    try:
+        why = _prepare_sharing(inner) or _differs(inner, expected, Sharing(True))
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+    if not why:
+        return Sharing(True, _window(inner))
+    if inner.config._attn_implementation == ATTENTION:
+        inner.set_attn_implementation("sdpa")
+    log.warning("%s models cannot share a prompt (%s); it is computed again for every response", name, why)
+    return Sharing(False)
+
+
+def _prepare_sharing(inner: Any) -> str:
+    """Let the model's attention layers call ours; or say why not."""
+    if inner.config._attn_implementation != "sdpa":
+        return f"attention is {inner.config._attn_implementation}, not SDPA"
+    register()
+    inner.set_attn_implementation(ATTENTION)
+    return "" if inner.config._attn_implementation == ATTENTION else "attention cannot be replaced"
+
+
+def _window(inner: Any) -> float:
+    """Positions that every layer sees at least, where some see only the nearest ones."""
+    text = inner.config.get_text_config()
+    windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and set(kinds) <= {"full_attention"}:
+        return float("inf")
+    return min((window for window in windows if window), default=float("inf"))
+
+
+_PROMPTS = [[2, 3, 4], [2, 3, 4], [5, 6], [2, 3, 4]]
+_RESPONSES = [[7, 8, 9], [10, 11], [12, 13], [14]]
+"""Tokens for trying a model, taken modulo its vocabulary."""
+
+
+def _trial(inner: Any) -> tuple[list[list[int]], list[list[int]]]:
+    size = inner.get_input_embeddings().weight.shape[0]
+    return tuple([[id % size for id in ids] for ids in rows] for rows in (_PROMPTS, _RESPONSES))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _expected(inner: Any) -> list[float]:
+    """The trial's log-probs, each from the model's own logits of its sequence alone."""
+    found = []
+    for prompt, response in zip(*_trial(inner), strict=True):
+        logits = inner(input_ids=torch.tensor([prompt + response], device=inner.device), use_cache=False).logits
+        logs = torch.log_softmax(logits[0, len(prompt) - 1 : -1].float(), -1)
+        found.append(float(logs[torch.arange(len(response)), response].sum()))
+    return found
+
+
+@torch.no_grad()
+def _differs(inner: Any, expected: list[float], sharing: Sharing) -> str:
+    """How the trial's log-probs differ from what was expected, beyond rounding; empty if they do not."""
+    prompts, responses = _trial(inner)
+    found = response_logprobs(inner, make_batch(prompts, responses, 0, sharing, inner.device)).tolist()
+    relative, absolute = (1e-3, 1e-3) if inner.dtype in (torch.float32, torch.float64) else (0.02, 0.25)
+    for value, other in zip(found, expected, strict=True):
+        if not abs(value - other) <= absolute + relative * abs(other):
+            return f"a log-prob of {value:.4f} in place of {other:.4f}"
+    return ""

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 _STEEPEST = 30.0  # log of the largest L' kept: steeper than e^30 only where f is zero to double precision
 _DEEP = -60.0  # log f below which a tail is left out of the panels
-_LOWEST = 690.0  # log of the largest -log f given
+_LOWEST = 340.0  # log of the largest -log f given, whose square is still a number
 _ROUNDING = 1e-14  # of F and of L in a panel's polynomials, with the amplification of their derivative
 _STEP = 1e-6  # of the central differences of k
 _RESOLUTION = 0.24  # panel size in the units of `_remesh`

@@ -66,7 +66,7 @@ STAGES = {
             "calibrate",
             ("prompts", "sample", "score"),
             ("quantiles.parquet", "calibrated.parquet"),
-            lambda config: {"seed": config.seed},
+            lambda config: {"calibrate": _dump(config.calibrate), "seed": config.seed},
         ),
         Stage(
             "ref_logprobs",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from rich.table import Table
 
 from iapo.closed_form import ClosedForm, Frontier
 from iapo.deployment import Robustness
+from iapo.few_samples import ENOUGH, MOST_NOISE, few_samples, rank_targets, samples_needed
 
 SHOWN = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the calibrated reward
 
 
-def closed_form_record(form: ClosedForm) -> dict[str, Any]:
+def closed_form_record(form: ClosedForm, samples: int | None = None) -> dict[str, Any]:
     """The keys of `iapo transform --json`; a log density of minus infinity becomes null."""
     log_density = {str(u): float(form.log_density(u)) for u in SHOWN}
     return {
@@ -27,7 +29,14 @@ def closed_form_record(form: ClosedForm) -> dict[str, Any]:
         "win_rate": form.win_rate,
         "log_partition": form.log_partition,
         "log_density": {u: value if math.isfinite(value) else None for u, value in log_density.items()},
+        **({} if samples is None else {"few_samples": few_samples_record(form, samples)}),
     }
+
+
+def few_samples_record(form: ClosedForm, samples: int) -> dict[str, Any]:
+    """What `--samples` adds: the policy fitted to ranks among K samples, its targets, and the K that would do."""
+    targets = rank_targets(form, samples).tolist()
+    return asdict(few_samples(form, samples)) | {"targets": targets, "samples_needed": samples_needed(form)}
 
 
 def frontier_record(frontier: Frontier) -> dict[str, Any]:
@@ -65,9 +74,9 @@ def print_robustness(found: Robustness, as_json: bool) -> None:
     console.print(table)
 
 
-def print_closed_form(form: ClosedForm, as_json: bool) -> None:
+def print_closed_form(form: ClosedForm, as_json: bool, samples: int | None = None) -> None:
     if as_json:
-        print(json.dumps(closed_form_record(form)))
+        print(json.dumps(closed_form_record(form, samples)))
         return
     console = Console()
     console.print(f"[bold]{form.procedure}[/] against [bold]{form.opponent}[/], transform [bold]{form.transform}[/]\n")
@@ -81,6 +90,16 @@ def print_closed_form(form: ClosedForm, as_json: bool) -> None:
     for row in zip(u, form.transform_values(u), form.log_density(u), form.density(u), strict=True):
         table.add_row(f"{row[0]:g}", *(f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}" for value in row[1:]))
     console.print(table)
+    if samples is not None:
+        found = few_samples_record(form, samples)
+        lost = Table("KL, nats", "win rate", "possible at this KL", "chance in targets", box=None, pad_edge=False)
+        values = (found[key] for key in ("win_rate", "optimal_win_rate"))
+        lost.add_row(f"{found['kl']:.6g}", *(f"{value:.6f}" for value in values), f"{found['noise']:.1%}")
+        console.print(f"\nFitted to ranks among [bold]{samples}[/] samples a prompt, without other error\n")
+        console.print(lost)
+        console.print(
+            f"\n{found['samples_needed']} samples keep {ENOUGH:.0%} of the KL, with at most {MOST_NOISE:.0%} chance."
+        )
 
 
 def print_frontier(frontier: Frontier, as_json: bool) -> None:

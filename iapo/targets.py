@@ -7,6 +7,7 @@ import pandas as pd
 from iapo.atoms import atom_log_density
 from iapo.closed_form import ClosedForm, solve
 from iapo.config import Config, ObjectiveConfig
+from iapo.few_samples import interval_targets
 from iapo.prompts import GIVEN_FIRST_ID
 from iapo.store import read_table
 
@@ -43,25 +44,39 @@ def target_table(config: Config, form: ClosedForm) -> pd.DataFrame:
 
 
 def log_density_targets(frame: pd.DataFrame, form: ClosedForm) -> npt.NDArray[np.float64]:
-    """log f of every row, in nats, from columns prompt_id, sample_id, tie_low, tie_high.
+    """log f of every row, in nats, from columns prompt_id, sample_id, tie_low, tie_high, samples.
 
-    A rank without ties stands for an interval of quantiles: the log of the mean of f over it. Where reference rewards
-    of a prompt tie, its reward levels are atoms and equation (8) is solved for them. Either way the mean of f over the
-    K reference samples of a prompt is 1.
+    A rank, which is an interval of quantiles, has the target that `few_samples.rank_targets` gives it, a tie the mean
+    of its ranks. Where most reference samples of a prompt tie, its reward levels are atoms and equation (8) is solved
+    for them.
     """
-    interval = ["tie_low", "tie_high"]
-    values = form.log_mean_density(*frame[interval].to_numpy(dtype=np.float64).T)
-    reference = frame[frame["sample_id"] < GIVEN_FIRST_ID]
-    atoms = reference.drop_duplicates(["prompt_id", *interval]).sort_values(["prompt_id", "tie_low"])
-    tied = atoms.groupby("prompt_id").size() < reference.groupby("prompt_id").size()
-    atoms = atoms[atoms["prompt_id"].isin(tied.index[tied])]
-    if atoms.empty:
+    low, high = (frame[name].to_numpy(np.float64) for name in ("tie_low", "tie_high"))
+    samples = frame["samples"].to_numpy(np.int64)
+    values = np.empty(len(frame))
+    for count in np.unique(samples):
+        rows = samples == count
+        values[rows] = interval_targets(form, low[rows], high[rows], int(count))
+
+    prompt = pd.factorize(frame["prompt_id"])[0]
+    given = frame["sample_id"].to_numpy() >= GIVEN_FIRST_ID
+    below = np.rint(low * samples).astype(np.int64)  # tells the levels of a prompt apart
+    width = np.rint((high - low) * samples).astype(np.int64)
+    key = prompt * (samples.max(initial=0) + 1) + below
+    atoms, sizes = np.unique(key[~given], return_counts=True)
+    owner = atoms // (samples.max(initial=0) + 1)
+    reference = np.bincount(prompt[~given])
+    discrete = 2 * np.bincount(prompt[~given], width[~given] > 1) > reference
+    atoms, sizes, owner = (part[discrete[owner]] for part in (atoms, sizes, owner))
+    if not len(atoms):
         return values
-    atoms = atoms.assign(mass=atoms["tie_high"] - atoms["tie_low"], level=atoms.groupby("prompt_id").cumcount())
-    masses = atoms.pivot(index="prompt_id", columns="level", values="mass").fillna(0.0)
-    solved = pd.DataFrame(atom_log_density(masses.to_numpy(), form), masses.index, masses.columns)
-    found = frame.merge(atoms[["prompt_id", *interval, "level"]], on=["prompt_id", *interval], how="left")
-    at_atom = found["level"].notna().to_numpy()
-    at = found[at_atom]
-    values[at_atom] = solved.stack().loc[list(zip(at["prompt_id"], at["level"].astype(int), strict=True))].to_numpy()
+    row = np.cumsum(np.diff(owner, prepend=owner[0]) > 0)
+    level = np.arange(len(row)) - np.searchsorted(row, row)
+    masses = np.zeros((row[-1] + 1, level.max() + 1))
+    masses[row, level] = sizes
+    solved = atom_log_density(masses, form)[row, level]
+    found = np.minimum(np.searchsorted(atoms, key), len(atoms) - 1)
+    at_atom = (atoms[found] == key) & (~given | (width > 1))
+    values[at_atom] = solved[found[at_atom]]
+    between = discrete[prompt] & ~at_atom  # a given response at a level that no sample has
+    values[between] = form.log_mean_density(low[between], high[between])
     return values

@@ -11,7 +11,7 @@ Writes  adapter/               a PEFT adapter
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,19 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from iapo import objectives
 from iapo.config import Config, TrainConfig
 from iapo.errors import StageError, UserError
-from iapo.logprobs import Batch, make_batch, response_logprobs
+from iapo.logprobs import response_logprobs
 from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids
+from iapo.packed_trainer import PackedTrainer, Row
 from iapo.progress import console, progress
-from iapo.shards import shard_seed
 from iapo.store import Manifest, read_table, write_json
 from iapo.targets import solve_objective, target_table
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 HELD_OUT_RESPONSES = 1024
 """At most this many held-out responses are measured each time, evenly spaced: the error of the mean is 3 %."""
@@ -70,7 +66,8 @@ def run(config: Config, manifest: Manifest) -> None:
         args=training_arguments(config, folder, len(training)),
         train_dataset=Dataset.from_list(training),
         eval_dataset=Dataset.from_list(held_out),
-        data_collator=Collator(tokenizer.pad_token_id),
+        pad_id=tokenizer.pad_token_id,
+        budget=token_budget(config.train, [*training, *held_out]),
         compute_metrics=held_out_metrics,
         temperature=config.sample.temperature,
     )
@@ -144,73 +141,19 @@ def add_adapter(base: Any, config: TrainConfig) -> Any:
     return get_peft_model(base, lora)
 
 
-class Collator:
-    """Rows to one right-padded batch, as the keyword arguments of `PolicyTrainer.compute_loss`."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = make_batch([row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], self.pad_id)
-        columns = {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            for name in ("ref_logprob", "target", "calibrated_reward")
-        }
-        return vars(batch) | columns
-
-
-class BatchesByLength(Sampler[int]):
-    """Every row once, in a random order, and by length within each optimizer step.
-
-    Micro-batches then need little padding, yet every step sees a random sample of responses. Grouping by length
-    across steps, as Trainer does, biases each step where reward goes with length (measured: docs/log.md).
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch, so that a resumed epoch has the order that it had."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(shard_seed(self.seed, f"epoch {self.epoch}"))
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=self.lengths.__getitem__)
-
-
-class PolicyTrainer(Trainer):
+class PolicyTrainer(PackedTrainer):
     """transformers.Trainer with the objective in place of a model's own loss; all else is as users know it."""
 
     def __init__(self, *, temperature: float, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.temperature = temperature
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over responses; Trainer averages micro-batches
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> BatchesByLength:
-        responses = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        rows: Any = train_dataset or self.train_dataset
-        return BatchesByLength(rows["length"], responses, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], inputs["first"])
-        log_ratio = response_logprobs(model, batch, self.temperature) - inputs["ref_logprob"]
+        log_ratio = response_logprobs(model, inputs["batch"], self.temperature) - inputs["ref_logprob"]
         loss = objectives.pointwise(log_ratio, inputs["target"])
         return (loss, {"log_ratio": log_ratio}) if return_outputs else loss
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            inputs = self._prepare_inputs(inputs)
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, outputs["log_ratio"], torch.stack([inputs["target"], inputs["calibrated_reward"]], dim=-1)
 
 
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -227,23 +170,25 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
+def token_budget(train: TrainConfig, rows: Sequence[Row]) -> int:
+    """Tokens a forward pass: what `micro_batch_size` of the longest rows have; more rows where prompts are shared."""
+    return train.micro_batch_size * max(row["length"] for row in rows)
+
+
 def training_arguments(config: Config, folder: Path, responses: int) -> TrainingArguments:
     """The Trainer's settings; UserError where the batch sizes do not divide."""
     train = config.train
     devices = PartialState().num_processes
-    micro = min(train.micro_batch_size, train.batch_size)
-    if train.batch_size % (micro * devices):
+    if train.batch_size % devices:
         raise UserError(
-            f"train.batch_size {train.batch_size} is not a multiple of train.micro_batch_size {micro} "
-            f"times {devices} devices; change one of them"
+            f"train.batch_size {train.batch_size} cannot be divided among {devices} devices; expected a multiple"
         )
     steps = max(1, int(train.epochs * responses / train.batch_size))
     every = max(1, steps // train.evaluations)
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=train.batch_size // (micro * devices),
+        per_device_train_batch_size=train.batch_size // devices,  # packed into forward passes by PackedTrainer
+        per_device_eval_batch_size=train.batch_size // devices,
         num_train_epochs=train.epochs,
         learning_rate=train.learning_rate,
         lr_scheduler_type="cosine",
@@ -260,6 +205,7 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
+        optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

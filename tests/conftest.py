@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -56,12 +57,22 @@ def tiny_config(**changes) -> LlamaConfig:
     return LlamaConfig(**(settings | changes))
 
 
+def with_random_weights(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The model with matrices drawn by numpy, whose stream is the same on every machine; torch's is not."""
+    generator = np.random.default_rng(seed)
+    scale = model.config.initializer_range
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.from_numpy(scale * generator.standard_normal(weight.shape)))
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a random causal language model with tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    with_random_weights(LlamaForCausalLM(tiny_config()), 0).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -73,8 +84,8 @@ LETTERS = "acgnrtwz"
 def letters_model(tmp_path_factory) -> Path:
     """Like tiny_model, but its responses are made of eight letters, so that little data teaches it something."""
     folder = tmp_path_factory.mktemp("letters")
-    torch.manual_seed(0)
-    model, tokenizer = LlamaForCausalLM(tiny_config(tie_word_embeddings=False)), make_tokenizer()
+    model = with_random_weights(LlamaForCausalLM(tiny_config(tie_word_embeddings=False)), 0)
+    tokenizer = make_tokenizer()
     likely = [tokenizer.eos_token_id, *tokenizer(LETTERS)["input_ids"]]
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 4  # a feature that is always on, for
@@ -89,8 +100,7 @@ def letters_model(tmp_path_factory) -> Path:
 def tiny_reward(tmp_path_factory) -> Path:
     """Folder of a random reward model with tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("tiny-reward")
-    torch.manual_seed(1)
-    LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(folder)
+    with_random_weights(LlamaForSequenceClassification(tiny_config(num_labels=1)), 1).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

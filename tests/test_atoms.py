@@ -55,6 +55,39 @@ def test_against_brute_force_optimization(procedure, opponent, beta):
         assert np.sum(masses * np.exp(found)) == pytest.approx(1, abs=1e-12)
 
 
+def best_on_a_grid(masses, pairs, beta):
+    """The largest W - beta KL over CDFs with values on a grid, by dynamic programming from atom to atom."""
+    reference = np.concatenate([[0], np.cumsum(masses) / np.sum(masses)])
+    grid = np.unique(np.r_[np.linspace(0, 1, 300), 0.5 ** np.arange(9, 60), 1 - 0.5 ** np.arange(9, 50), reference])
+    mass = grid[None, :] - grid[:, None]
+    best = np.where(grid == 0, 0.0, -np.inf)
+    for atom, share in enumerate(masses):
+        value = -beta * np.where(mass > 0, mass * np.log(np.maximum(mass, 1e-300) / share), 0)
+        for weight, a, b in pairs:
+            opponent = (b.cdf(reference[atom + 1]) + b.cdf(reference[atom])) / 2
+            value += weight * opponent * (a.cdf(grid)[None, :] - a.cdf(grid)[:, None])
+        best = np.max(best[:, None] + np.where(mass >= 0, value, -np.inf), axis=0)
+    return best[-1]
+
+
+def test_the_best_of_several_stationary_points():
+    """Random cases without concavity, and one whose best point lies between two close crossings of the scan."""
+    hard = [0.7382564820457044, 1e-4, 0.18219207371019613, 0.04937047829091785, 0.02684617623473493, 0.0032348]
+    cases = [("0.3 sample + 0.7 worst_of(9)", "sample", 0.08611530929075938, np.array(hard) / sum(hard))]
+    random = np.random.default_rng(1)
+    procedures = ["worst_of(2)", "worst_of(16)", "kth(1, 6)", "kth(9, 12)", "0.5 worst_of(6) + 0.5 best_of(6)"]
+    opponents = [None, "sample", "best_of(8)"]
+    for number in range(30):
+        beta = np.exp(random.uniform(np.log(5e-3), 0))
+        cases.append((procedures[number % 5], opponents[number % 3], beta, random.dirichlet(np.ones(2 + number % 5))))
+    for procedure, opponent, beta, masses in cases:
+        form = solve(procedure, opponent, beta=beta)
+        pairs = pairings(form.procedure, form.opponent)
+        log_f = atom_log_density(masses[None], form)
+        found = atom_win_rate(masses[None], log_f, pairs) - beta * atom_kl(masses[None], log_f)
+        assert found[0] >= best_on_a_grid(masses, pairs, beta) - 1e-6
+
+
 @pytest.mark.parametrize("procedure", ["best_of(4)", "worst_of(4)", "kth(3, 5)"])
 def test_many_atoms_tend_to_the_continuous_solution(procedure):
     form = solve(procedure, beta=0.2)

@@ -6,6 +6,8 @@ import pytest
 from scipy.stats import chisquare, kstest
 
 from iapo.calibrate import BAD_KS, calibrate, held_out_places, ks_distance, place, spread_ranks
+from iapo.closed_form import solve
+from iapo.few_samples import samples_needed
 from iapo.store import read_manifest, read_table
 
 REWARDS = {
@@ -146,7 +148,11 @@ def test_stage_joins_on_keys(tmp_path, tiny_run, iapo):
 def test_stage_warns_of_too_few_samples_and_says_how_many_would_do(tiny_run, iapo, caplog):
     path = tiny_run(sample={"samples_per_prompt": 8})
     assert [iapo(stage, path).code for stage in ("prompts", "sample", "score", "calibrate")] == [0] * 4
-    assert "8 samples a prompt cannot resolve best_of(4); sample.samples_per_prompt: 16 would" in caplog.text
+    needed = samples_needed(solve("best_of(4)", target_kl=0.5))
+    assert needed > 8
+    assert f"8 samples a prompt are few for best_of(4) at 0.5 nats; sample.samples_per_prompt: {needed} would do" in (
+        caplog.text
+    )
 
 
 def test_stage_refuses_rewards_that_are_all_equal(tiny_run, iapo):

@@ -6,9 +6,21 @@ from conftest import tiny_config, tiny_settings
 from peft import get_peft_model_state_dict
 from transformers import LlamaForCausalLM
 
+from iapo import packed_trainer, token_logprobs
 from iapo.config import ModelConfig, TrainConfig, make_config
 from iapo.errors import UserError
-from iapo.estimate import CARDS, adapter_bytes, estimate, model_shape, weight_bytes, workload
+from iapo.estimate import (
+    CARDS,
+    LOGITS,
+    TOGETHER,
+    activation_bytes,
+    adapter_bytes,
+    estimate,
+    model_shape,
+    weight_bytes,
+    workload,
+)
+from iapo.logprobs import make_batch, response_logprobs, sharing_of
 from iapo.models import load_base
 from iapo.train import add_adapter
 
@@ -47,6 +59,38 @@ def test_adapter_takes_four_float32_a_parameter(wide_model):
     policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), TrainConfig(lora_rank=4))
     parameters = sum(tensor.numel() for tensor in get_peft_model_state_dict(policy).values())
     assert adapter_bytes(shape, 4) == 4 * 4 * parameters
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_a_step_keeps(wide_model, checkpointing):
+    """Against what autograd saves, storage by storage, in float32; weights are not counted."""
+    policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), TrainConfig(lora_rank=4))
+    batch = make_batch([[5] * 60] * 4, [[6] * 41] * 4, 0, sharing_of(policy))
+    if checkpointing:
+        policy.train().gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        response_logprobs(policy, batch)
+    found = sum(size for size, _ in saved.values())
+    shape, tokens = model_shape(ModelConfig(base=str(wide_model))), batch.input_ids.shape[1]
+    expected = activation_bytes(shape, tokens, 4, checkpointing, 4)
+    if checkpointing:  # the layer that is done again comes later
+        expected -= activation_bytes(shape, tokens, 4, False, 4) / shape.layers
+    beside = 4 * (4 * 41 + tokens) * shape.hidden  # gradients by hidden state, and what enters the last norm
+    assert found == pytest.approx(expected + beside, rel=0.1)
+
+
+def test_constants_are_those_of_the_trainer():
+    """estimate imports no torch, so it has its own."""
+    assert 4 * token_logprobs.CHUNK["cuda"] == LOGITS and packed_trainer.TOGETHER == TOGETHER
 
 
 def test_workload_counts_distinct_prompts_up_to_the_limit(tmp_path, tiny_model):

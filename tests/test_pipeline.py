@@ -41,7 +41,7 @@ def test_every_stage_stores_what_its_module_says(finished):
         "responses": ["prompt_id", "sample_id", "response", "token_ids", "finish_reason", "source"],
         "rewards": ["prompt_id", "sample_id", "reward"],
         "quantiles.parquet": ["prompt_id", "n", "rewards"],
-        "calibrated.parquet": ["prompt_id", "sample_id", "calibrated_reward", "tie_low", "tie_high"],
+        "calibrated.parquet": ["prompt_id", "sample_id", "calibrated_reward", "tie_low", "tie_high", "samples"],
         "ref_logprobs": ["prompt_id", "sample_id", "ref_logprob", "n_tokens"],
     }
     for name, expected in columns.items():

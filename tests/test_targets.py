@@ -1,68 +1,82 @@
-"""Targets: intervals where rewards differ, equation (8) where they tie."""
+"""Targets: those of ranks where rewards differ, equation (8) where most of them tie."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from iapo.atoms import atom_log_density
 from iapo.calibrate import calibrate
 from iapo.closed_form import solve
+from iapo.few_samples import rank_targets
 from iapo.prompts import GIVEN_FIRST_ID
 from iapo.targets import log_density_targets
 
 
-def calibrated(**prompts: list[float]) -> pd.DataFrame:
+def calibrated(given: dict[str, list[float]] | None = None, **prompts: list[float]) -> pd.DataFrame:
     rows = [
-        {"prompt_id": name, "sample_id": number, "source": "reference", "reward": reward}
-        for name, rewards in prompts.items()
+        {"prompt_id": name, "sample_id": number + first, "source": source, "reward": reward}
+        for source, first, group in (("reference", 0, prompts), ("given", GIVEN_FIRST_ID, given or {}))
+        for name, rewards in group.items()
         for number, reward in enumerate(rewards)
     ]
-    return calibrate(pd.DataFrame(rows))[1]
+    return calibrate(pd.DataFrame(rows).sort_values(["prompt_id", "sample_id"], ignore_index=True))[1]
 
 
 def test_binary_verifier_gives_pass_at_n():
     # pass rate 0.2, best_of(4), beta 0.2: f = (0.639590, 2.441641), as solved by hand for two atoms
-    frame = calibrated(x=[0, 1, 0, 0, 0])
+    frame = calibrated(x=[0, 1, 0, 0, 0], given={"x": [1, 0, 0.5]})
     targets = log_density_targets(frame, solve("best_of(4)", beta=0.2))
     low, high = np.log(0.639590), np.log(2.441641)
-    assert targets == pytest.approx([low, high, low, low, low], abs=1e-5)
+    assert targets[:7] == pytest.approx([low, high, low, low, low, high, low], abs=1e-5)
+    assert low < targets[7] < high  # a given reward that no sample had
+
+
+def test_without_ties_a_rank_has_its_target():
+    form = solve("best_of(4)", target_kl=0.5)
+    targets = log_density_targets(calibrated(x=[30.0, 10.0, 20.0, 40.0], y=[1.0, 2.0]), form)
+    assert targets == pytest.approx([*rank_targets(form, 4)[[2, 0, 1, 3]], *rank_targets(form, 2)])
+
+
+def test_given_responses_are_one_more():
+    form = solve("best_of(2)", target_kl=0.2)
+    targets = log_density_targets(calibrated(x=[1.0, 2.0, 3.0], given={"x": [2.5, 9.0, 2.0]}), form)
+    four = rank_targets(form, 4)
+    assert targets[3:] == pytest.approx([four[2], four[3], (four[1] + four[2]) / 2])  # the last ties with a sample
 
 
 @pytest.mark.parametrize("transform", ["optimal", "identity"])
-def test_targets_are_normalized_with_and_without_ties(transform):
-    frame = calibrated(
-        none=[3.0, 1.0, 2.0, 0.5, 9.0, 4.0], some=[1.0, 1.0, 2.0, 2.0, 2.0, 5.0], binary=[0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
-    )
-    frame["f"] = np.exp(log_density_targets(frame, solve("best_of(2)", None, transform, target_kl=0.4)))
-    assert frame.groupby("prompt_id")["f"].mean().to_numpy() == pytest.approx(np.ones(3), abs=1e-8)
-    for _, group in frame.groupby("prompt_id"):
-        ordered = group.sort_values("calibrated_reward")["f"].to_numpy()
-        assert np.all(np.diff(ordered) >= -1e-12)
+def test_a_few_ties_share_the_mean_of_their_ranks_and_many_are_atoms(transform):
+    form = solve("best_of(2)", None, transform, target_kl=0.4)
+    few, many = [1.0, 1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 2.0, 4.0]
+    targets = log_density_targets(calibrated(few=few, many=many), form)
+    five = rank_targets(form, 5)
+    assert targets[:5] == pytest.approx([five[:2].mean(), five[:2].mean(), *five[2:]])
+    assert targets[[5, 7, 9]] == pytest.approx(atom_log_density([[2, 2, 1]], form)[0])
+    assert np.exp(targets[5:]).mean() == pytest.approx(1, abs=1e-9)
 
 
-def test_targets_of_a_functional_are_means_over_intervals_with_and_without_ties():
-    frame = calibrated(none=[3.0, 1.0, 2.0, 0.5], some=[1.0, 1.0, 2.0, 5.0])
+def test_targets_of_a_functional_are_finite_and_ties_share_the_mean_of_f():
     form = solve("early_stop(8, 0.8)", target_kl=0.4)
-    quarter = form.log_mean_density(np.arange(4) / 4, np.arange(1, 5) / 4)
-    expected = [quarter[3], quarter[1], quarter[2], quarter[0]]
-    half = form.log_mean_density(0, 0.5)
-    expected += [half, half, quarter[2], quarter[3]]
-    assert log_density_targets(frame, form) == pytest.approx(expected, abs=1e-12)
+    targets = log_density_targets(calibrated(none=[3.0, 1.0, 2.0, 0.5], many=[1.0, 1.0, 2.0, 2.0]), form)
+    assert targets[:4] == pytest.approx(rank_targets(form, 4)[[3, 1, 2, 0]])
+    halves = form.log_mean_density([0, 0.5], [0.5, 1])
+    assert targets[4:] == pytest.approx(halves[[0, 0, 1, 1]], abs=1e-12)
 
 
-def test_without_ties_a_rank_is_the_mean_over_its_interval():
+def test_many_prompts_at_once_are_as_one_by_one():
+    generator = np.random.default_rng(3)
+    prompts = {
+        f"p{n}": list(generator.integers(0, 1 + n % 7, size=4 + n % 3) + (n % 2) * generator.random(4 + n % 3))
+        for n in range(60)
+    }
+    form = solve("worst_of(3)", target_kl=0.3)
+    at_once = log_density_targets(calibrated(**prompts), form)
+    one_by_one = [log_density_targets(calibrated(**{name: rewards}), form) for name, rewards in sorted(prompts.items())]
+    assert at_once == pytest.approx(np.concatenate(one_by_one))
+
+
+def test_a_place_between_ranks_has_a_target_between_theirs():
     form = solve("best_of(4)", target_kl=0.5)
-    targets = log_density_targets(calibrated(x=[30.0, 10.0, 20.0, 40.0]), form)
-    grid = (np.arange(40_000) + 0.5) / 40_000
-    means = np.log(form.density(grid).reshape(4, -1).mean(axis=1))
-    assert targets == pytest.approx(means[[2, 0, 1, 3]], abs=1e-6)
-
-
-def test_given_response_between_tied_ones_takes_its_interval():
-    frame = calibrated(x=[0.0, 0.0, 1.0, 1.0])
-    given = pd.DataFrame(
-        [{"prompt_id": "x", "sample_id": GIVEN_FIRST_ID, "calibrated_reward": 0.5, "tie_low": 0.4, "tie_high": 0.6}]
-    )
-    form = solve("best_of(2)", target_kl=0.2)
-    targets = log_density_targets(pd.concat([frame, given], ignore_index=True), form)
-    assert targets[-1] == pytest.approx(float(form.log_mean_density(0.4, 0.6)))
-    assert targets[0] == targets[1] < targets[-1] < targets[2] == targets[3]
+    frame = calibrated(x=[1.0, 2.0, 3.0]).assign(tie_low=[0.0, 0.3, 0.875], tie_high=[0.125, 0.425, 1.0], samples=8)
+    eight = rank_targets(form, 8)
+    assert log_density_targets(frame, form) == pytest.approx([eight[0], 0.6 * eight[2] + 0.4 * eight[3], eight[7]])

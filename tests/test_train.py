@@ -1,13 +1,12 @@
 """Training: equation (3) on models whose every response is enumerated, and the stage on tiny sampled runs."""
 
 import json
-from collections import Counter
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, with_random_weights
 from datasets import Dataset
 from peft import PeftModel
 from transformers import EvalPrediction, LlamaForCausalLM, PrinterCallback
@@ -15,6 +14,7 @@ from transformers import EvalPrediction, LlamaForCausalLM, PrinterCallback
 from iapo.closed_form import solve
 from iapo.config import ObjectiveConfig, TrainConfig, load_config
 from iapo.errors import UserError
+from iapo.few_samples import rank_targets
 from iapo.logprobs import logprobs_of
 from iapo.models import load_base, load_tokenizer
 from iapo.pipeline import run_stage
@@ -22,8 +22,6 @@ from iapo.store import read_manifest, read_table, write_table
 from iapo.targets import solve_objective, target_table
 from iapo.train import (
     COMPLETE,
-    BatchesByLength,
-    Collator,
     PolicyTrainer,
     add_adapter,
     held_out_metrics,
@@ -53,12 +51,8 @@ def exact_win_rate(policy: np.ndarray, reference: np.ndarray, procedure: str) ->
 @pytest.mark.parametrize("procedure, target_kl", [("best_of(4)", 0.5), ("worst_of(3)", 0.1)])
 def test_policy_becomes_the_reference_times_the_density_of_calibrated_rewards(tmp_path, tiny_run, procedure, target_kl):
     """Every response of two tokens to two prompts, each with arbitrary rewards: π must become π_ref · f(C)."""
-    torch.manual_seed(0)
-    base = (
-        LlamaForCausalLM(tiny_config(vocab_size=VOCABULARY, initializer_range=0.1, tie_word_embeddings=False))
-        .requires_grad_(False)
-        .eval()
-    )
+    random = tiny_config(vocab_size=VOCABULARY, initializer_range=0.1, tie_word_embeddings=False)
+    base = with_random_weights(LlamaForCausalLM(random), 0).requires_grad_(False).eval()
     form = solve(procedure, None, "optimal", target_kl=target_kl)
     generator = np.random.default_rng(0)
     rows, exact = [], []
@@ -84,7 +78,7 @@ def test_policy_becomes_the_reference_times_the_density_of_calibrated_rewards(tm
             }
             for rank, response in enumerate(ranked)
         ]
-    settings = {"lora_rank": 32, "learning_rate": 1e-2, "batch_size": 266, "micro_batch_size": 266, "epochs": 150}
+    settings = {"lora_rank": 32, "learning_rate": 1e-2, "batch_size": 266, "epochs": 150}
     config = load_config(tiny_run(train=settings | {"evaluations": 1}))
     policy = add_adapter(base, config.train)
     trainer = PolicyTrainer(
@@ -92,7 +86,8 @@ def test_policy_becomes_the_reference_times_the_density_of_calibrated_rewards(tm
         args=training_arguments(config, tmp_path / "checkpoints", len(rows)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
-        data_collator=Collator(0),
+        pad_id=0,
+        budget=10_000,
         compute_metrics=held_out_metrics,
         temperature=1.0,
     )
@@ -135,7 +130,8 @@ def trainer_of(config, policy) -> PolicyTrainer:
         args=training_arguments(config, config.run / "checkpoints", len(rows)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
-        data_collator=Collator(0),
+        pad_id=0,
+        budget=10_000,
         compute_metrics=held_out_metrics,
         temperature=config.sample.temperature,
     )
@@ -161,15 +157,15 @@ def test_targets_are_those_of_their_own_responses_in_any_order_of_rows(calibrate
     table = target_table(config, form)
     rewards = read_table(config.run / "rewards").to_pandas().set_index(["prompt_id", "sample_id"])["reward"]
     responses = read_table(config.run / "responses").to_pandas().set_index(["prompt_id", "sample_id"])["token_ids"]
+    untied = 0
     for _, group in table.groupby("prompt_id"):
-        assert np.exp(group["target"]).mean() == pytest.approx(1, abs=1e-6)  # normalized for this K
         own = np.array([rewards[key] for key in zip(group["prompt_id"], group["sample_id"], strict=True)])
         order = np.argsort(own, kind="stable")
-        assert (np.diff(group["target"].to_numpy()[order]) >= -1e-9).all()  # grows with the reward
-        best = int(own.argmax())
-        if (own == own[best]).sum() == 1:  # the best of 16 stands for [15/16, 1]
-            fine = (np.arange(10_000) + 0.5) / 10_000 / 16 + 15 / 16
-            assert group["target"].iloc[best] == pytest.approx(np.log(form.density(fine).mean()), abs=1e-5)
+        assert (np.diff(group["target"].to_numpy()[order]) >= -1e-3).all()  # grows with the reward
+        if len(set(own)) == len(own) == 16:
+            untied += 1
+            assert group["target"].iloc[own.argmax()] == pytest.approx(rank_targets(form, 16)[-1])
+    assert untied > 0
     for row in table.itertuples():
         assert list(row.token_ids) == list(responses[row.prompt_id, row.sample_id])
     for name in ("calibrated.parquet", "ref_logprobs/00001.parquet", "responses/00002.parquet"):
@@ -235,11 +231,6 @@ def test_a_too_large_learning_rate_is_said_to_do_harm(calibrated, iapo, caplog):
     assert record["held_out"]["loss"] > record["held_out"]["loss_of_zero"]
 
 
-def test_batch_sizes_must_divide(calibrated, iapo):
-    outcome = iapo("train", calibrated(train={"batch_size": 20, "micro_batch_size": 8}))
-    assert outcome.code == 2 and "train.batch_size 20" in outcome.err and "train.micro_batch_size" in outcome.err
-
-
 def test_held_out_metrics_by_hand():
     # errors 1, 0, -1, 0 against targets 2, 0, -1, 1: 1 - 2/6; calibrated rewards fall in fifths 1, 1, 5, 5
     metrics = held_out_metrics(
@@ -259,21 +250,6 @@ def test_held_out_metrics_by_hand():
             "target_5": 0.0,
         }
     )
-
-
-def test_each_epoch_takes_every_row_once_sorted_within_steps():
-    lengths = [n * 7 % 23 for n in range(50)]
-    sampler = BatchesByLength(lengths, 8, seed=0)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert all(Counter(order) == Counter(range(50)) for order in orders)
-    assert orders[0] == orders[2] != orders[1] and len(sampler) == 50
-    for start in range(0, 50, 8):
-        step = [lengths[index] for index in orders[0][start : start + 8]]
-        assert step == sorted(step)
-    assert list(BatchesByLength(lengths, 8, seed=1)) != orders[0]
 
 
 def test_spread_by_hand():

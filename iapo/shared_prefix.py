@@ -1,0 +1,190 @@
+"""Attention for the prompt once: K responses of one prompt go through the model as one sequence.
+
+A sequence is prompt + r₁ + … + r_K, then the next prompt with its responses; positions restart after the prompt and
+each response sees the prompt and itself only. So a prompt of P tokens costs P + ΣR instead of K·P + ΣR, and all
+layers but attention need not know.
+
+Attention is exact and never pays for pairs that cannot see each other. On the CPU it is split by keys: every prompt
+and every response attends causally to itself, responses attend to their prompt without a mask, and the two parts of a
+response are joined by their log-sum-exp L: O = Σ exp(L_i − L)·O_i. The backward pass needs no joining: a flash kernel
+given the joined O and L returns each part's exact gradients. On CUDA one FlexAttention block mask does it.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "iapo_shared_prefix"
+"""Name of the attention function; without a layout it is transformers' own SDPA."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring causal blocks of equal length: a prompt, or responses of one prompt."""
+
+    start: int
+    count: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The run of x [1, heads, T, ...] as [count, heads, length, ...]; a view."""
+        part = x[0, :, self.start : self.start + self.count * self.length]
+        return part.unflatten(1, (self.count, self.length)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees whom in a sequence: for each prompt its length and those of its responses, in order."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """All prompts and responses; neighbouring responses of one length together."""
+        found, start = [], 0
+        for prompt, responses in self.groups:
+            found.append(Run(start, 1, prompt))
+            start += prompt
+            for length, same in groupby(responses):
+                count = len(list(same))
+                if length:
+                    found.append(Run(start, count, length))
+                start += count * length
+        return tuple(found)
+
+    @cached_property
+    def crossings(self) -> tuple[tuple[slice, slice], ...]:
+        """(tokens of all responses, tokens of their prompt), for each prompt."""
+        found, start = [], 0
+        for prompt, responses in self.groups:
+            middle, end = start + prompt, start + prompt + sum(responses)
+            if end > middle:
+                found.append((slice(middle, end), slice(start, middle)))
+            start = end
+        return tuple(found)
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """The same for FlexAttention; made once a batch."""
+        if "_block_mask" not in self.__dict__:
+            group, response = [], []
+            for number, (prompt, lengths) in enumerate(self.groups):
+                group += [number] * (prompt + sum(lengths))
+                response += [0] * prompt
+                for index, length in enumerate(lengths, 1):
+                    response += [index] * length
+            groups, responses = torch.tensor(group, device=device), torch.tensor(response, device=device)
+
+            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                own = (responses[key] == 0) | (responses[key] == responses[query])
+                return (key <= query) & (groups[key] == groups[query]) & own
+
+            compiled = device.type == "cuda"  # otherwise a tensor of all pairs is made on the way
+            mask = create_block_mask(sees, None, None, len(group), len(group), device=device, _compile=compiled)
+            self.__dict__["_block_mask"] = mask
+        return self.__dict__["_block_mask"]
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    shared_prefix: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What attention layers call: query [1, heads, T, d], key and value [1, key heads, T, d] -> [1, T, heads, d].
+
+    Raises NotImplementedError for what it does not compute: soft-capped scores, sinks, biases, dropout.
+    """
+    if shared_prefix is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with {name}")
+    if dropout:
+        raise NotImplementedError("attention with dropout")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary embeddings in float32
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    if query.device.type == "cuda":
+        mask: Any = shared_prefix.block_mask(query.device)
+        return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0], None
+    return _Split.apply(query, key, value, shared_prefix, scale).transpose(1, 2), None
+
+
+def register() -> None:
+    """Make the attention function known to transformers; again is harmless."""
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Split(torch.autograd.Function):
+    """Attention by parts: query [1, H, T, d], key and value [1, H', T, d], H a multiple of H' -> [1, H, T, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+        _, heads, length, size = query.shape
+        out = query.new_empty(1, length, heads, size).transpose(1, 2)  # as the output projection wants it
+        kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+        total = query.new_empty(1, heads, length, dtype=kind)
+        for run in layout.runs:
+            own, own_total = _flash(run.of(query), run.of(key), run.of(value), 0.0, True, scale=scale)
+            run.of(out).copy_(own)
+            run.of(total).copy_(own_total)
+        for responses, prompt in layout.crossings:
+            seen, seen_total = _flash(
+                query[:, :, responses], key[:, :, prompt], value[:, :, prompt], 0.0, False, scale=scale
+            )
+            joined = torch.logaddexp(total[:, :, responses], seen_total)
+            own = out[:, :, responses]
+            own.mul_((total[:, :, responses] - joined).exp_()[..., None])
+            own.add_(seen.mul_((seen_total - joined).exp_()[..., None]))
+            total[:, :, responses] = joined
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        (gradient,) = gradients
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        for run in ctx.layout.runs:
+            parts = _flash_backward(
+                *(run.of(x) for x in (gradient, query, key, value, out, total)), 0.0, True, scale=ctx.scale
+            )
+            for whole, part in zip(found, parts, strict=True):
+                run.of(whole).copy_(part)
+        for responses, prompt in ctx.layout.crossings:
+            parts = _flash_backward(
+                gradient[:, :, responses],
+                query[:, :, responses],
+                key[:, :, prompt],
+                value[:, :, prompt],
+                out[:, :, responses],
+                total[:, :, responses],
+                0.0,
+                False,
+                scale=ctx.scale,
+            )
+            for whole, where, part in zip(found, (responses, prompt, prompt), parts, strict=True):
+                whole[:, :, where] += part
+        return *found, None, None

@@ -1,0 +1,17 @@
+"""The GPU benchmark's code at toy size on the CPU, so that it runs when a GPU is there."""
+
+import importlib
+import json
+from pathlib import Path
+
+
+def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    gpu = importlib.import_module("benchmarks.gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    result = gpu.main(["--toy", "--out", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(result))
+    assert result["exactness"]["float32_logprob"] < 1e-3 and result["exactness"]["float32_gradient"] < 1e-3
+    measured = [case for case in result["cases"] if case["trainer"] == "iapo"]
+    assert len(measured) == 4 and all(case["tokens_per_second"] > 0 for case in measured)
+    assert {case["cap_gb"] for case in measured} == {None, 12, 16, 24}

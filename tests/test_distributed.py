@@ -1,0 +1,78 @@
+"""`accelerate launch` with two processes on the CPU trains the weights that one process does."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from iapo.config import load_config
+from iapo.pipeline import run_stage
+from iapo.store import read_manifest
+
+
+def launch(path: Path, *options: str) -> subprocess.CompletedProcess:
+    """`iapo train` in two processes that talk through gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        port,
+        *options,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent)])}
+    return subprocess.run(
+        [*command, "-m", "iapo.cli", "train", str(path)], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def adapter_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_two_processes_give_the_weights_of_one(tiny_run, iapo):
+    """Every step is the same mean over 16 responses, however it is divided and packed."""
+    settings = {"epochs": 0.5, "micro_batch_size": 2, "evaluations": 1}
+    path = tiny_run(train={"batch_size": 16, "lora_rank": 4} | settings, model={"quantization": "none"})
+    assert [iapo(stage, path).code for stage in ("prompts", "sample", "score", "calibrate")] == [0] * 4
+    config = load_config(path)
+    run_stage("ref_logprobs", config)
+    other = yaml.safe_load(path.read_text())
+    other["run"] = str(config.run.parent / "two")
+    shutil.copytree(config.run, other["run"])
+    path.with_name("two.yaml").write_text(yaml.safe_dump(other))
+    assert iapo("train", path).code == 0
+    done = launch(path.with_name("two.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = adapter_weights(config.run), adapter_weights(Path(other["run"]))
+    assert one.keys() == two.keys()
+    start = [weight for name, weight in one.items() if "lora_B" in name]
+    assert max(float(weight.abs().max()) for weight in start) > 1e-3  # they start at zero
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], atol=1e-5), name
+    records = [read_manifest(run, "train") for run in (config.run, Path(other["run"]))]
+    held_out = [record["held_out"] for record in records if record]
+    assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
