@@ -57,7 +57,7 @@ def test_a_few_ties_share_the_mean_of_their_ranks_and_many_are_atoms(transform):
 
 def test_targets_of_a_functional_are_finite_and_ties_share_the_mean_of_f():
     form = solve("early_stop(8, 0.8)", target_kl=0.4)
-    targets = log_density_targets(calibrated(none=[3.0, 1.0, 2.0, 0.5], many=[1.0, 1.0, 2.0, 2.0]), form)
+    targets = log_density_targets(calibrated(a=[3.0, 1.0, 2.0, 0.5], b=[1.0, 1.0, 2.0, 2.0]), form)
     assert targets[:4] == pytest.approx(rank_targets(form, 4)[[3, 1, 2, 0]])
     halves = form.log_mean_density([0, 0.5], [0.5, 1])
     assert targets[4:] == pytest.approx(halves[[0, 0, 1, 1]], abs=1e-12)
