@@ -119,7 +119,7 @@ class Variation:
         top = profile(1.0) + max(ahead, 0) * (
             0 if profile.tangent is None else profile.at(np.zeros(()), profile.tangent)
         )
-        while edges[1] > _TOP_MASS * np.exp(-top):
+        while edges[1] > max(_TOP_MASS * np.exp(-top), 1e-200):
             edges = np.insert(edges, 1, edges[1] / 2)
         moved = _moved(profile, edges)
         if profile.tangent is not None:
