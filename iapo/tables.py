@@ -1,7 +1,8 @@
-"""What `iapo transform` and `iapo frontier` print: a table for people, or one JSON object."""
+"""What `iapo transform`, `iapo frontier` and `iapo robustness` print: a table for people, or one JSON object."""
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -66,12 +67,9 @@ def print_robustness(found: Robustness, as_json: bool) -> None:
         return
     console = Console()
     console.print(f"Win rate of [bold]{escape(found.family)}[/] at a KL of {found.kl:g} nats\n")
-    table = Table(box=None, pad_edge=False)
-    for column in ("trained for, deployed with", *map(str, found.sizes)):
-        table.add_column(column, justify="right")
-    for name, rates in zip((*map(str, found.sizes), "identity"), (*found.win_rates, found.identity), strict=True):
-        table.add_row(name, *(f"{rate:.4f}" for rate in rates))
-    console.print(table)
+    names = (*map(str, found.sizes), "identity")
+    rows = zip(names, (*found.win_rates, found.identity), strict=True)
+    console.print(_win_rates(("trained for, deployed with", *map(str, found.sizes)), rows))
 
 
 def print_closed_form(form: ClosedForm, as_json: bool, samples: int | None = None) -> None:
@@ -108,9 +106,15 @@ def print_frontier(frontier: Frontier, as_json: bool) -> None:
         return
     console = Console()
     console.print(f"Win rate of [bold]{frontier.procedure}[/] against [bold]{frontier.opponent}[/]\n")
+    rows = ((f"{kl:.4g}", rates) for kl, *rates in zip(frontier.kls, *frontier.win_rates.values(), strict=True))
+    console.print(_win_rates(("KL, nats", *frontier.win_rates), rows))
+
+
+def _win_rates(columns: Iterable[str], rows: Iterable[tuple[str, Iterable[float]]]) -> Table:
+    """Named rows of win rates."""
     table = Table(box=None, pad_edge=False)
-    for column in ("KL, nats", *frontier.win_rates):
+    for column in columns:
         table.add_column(column, justify="right")
-    for kl, *rates in zip(frontier.kls, *frontier.win_rates.values(), strict=True):
-        table.add_row(f"{kl:.4g}", *(f"{rate:.4f}" for rate in rates))
-    console.print(table)
+    for name, rates in rows:
+        table.add_row(name, *(f"{rate:.4f}" for rate in rates))
+    return table

@@ -176,9 +176,10 @@ def token_budget(train: TrainConfig, rows: Sequence[Row]) -> int:
 
 
 def training_arguments(config: Config, folder: Path, responses: int) -> TrainingArguments:
-    """The Trainer's settings; UserError where the batch sizes do not divide."""
+    """The Trainer's settings; UserError where the devices do not divide the batch."""
     train = config.train
-    devices = PartialState().num_processes
+    on_cpu = not torch.cuda.is_available()
+    devices = PartialState(cpu=on_cpu).num_processes  # several processes on CPUs are seen only if told so
     if train.batch_size % devices:
         raise UserError(
             f"train.batch_size {train.batch_size} cannot be divided among {devices} devices; expected a multiple"
@@ -187,6 +188,7 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
     every = max(1, steps // train.evaluations)
     return TrainingArguments(
         output_dir=str(folder),
+        use_cpu=on_cpu,
         per_device_train_batch_size=train.batch_size // devices,  # packed into forward passes by PackedTrainer
         per_device_eval_batch_size=train.batch_size // devices,
         num_train_epochs=train.epochs,

@@ -1,8 +1,7 @@
-"""`accelerate launch` with two processes on the CPU trains the weights that one process does."""
+"""Two processes on the CPU train the weights that one process does."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,36 +16,28 @@ from iapo.pipeline import run_stage
 from iapo.store import read_manifest
 
 
-def launch(path: Path, *options: str) -> subprocess.CompletedProcess:
-    """`iapo train` in two processes that talk through gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        port,
-        *options,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent)])}
+def launch(path: Path) -> subprocess.CompletedProcess:
+    """`iapo train` in two processes that talk through gloo.
+
+    Started by torchrun, for `accelerate launch --cpu --num_processes 2` starts one.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(
         [*command, "-m", "iapo.cli", "train", str(path)], capture_output=True, text=True, env=environment, timeout=300
     )
+
+
+def test_a_batch_that_the_processes_cannot_divide_is_refused(tiny_run, iapo):
+    path = tiny_run(train={"batch_size": 15}, model={"quantization": "none"})
+    assert [iapo(stage, path).code for stage in ("prompts", "sample", "score", "calibrate")] == [0] * 4
+    run_stage("ref_logprobs", load_config(path))
+    done = launch(path)
+    assert done.returncode != 0
+    assert "train.batch_size 15 cannot be divided among 2 devices; expected a multiple" in done.stderr
 
 
 def adapter_weights(run: Path) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ def slow(model, temperature: float = 1.0) -> list[float]:
     return [slow_logprob(model, p, r, temperature) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_equal_to_the_loop_for_every_batch_split(model, temperature, batch_size):
     values = logprobs_of(model, PROMPTS, RESPONSES, pad_id=0, batch_size=batch_size, temperature=temperature)
