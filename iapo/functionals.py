@@ -111,7 +111,7 @@ class Variation:
             raise UserError("no optimum was found near the reference; is the procedure's output_cdf a CDF, and smooth?")
         return found[0]
 
-    def advance(self, profile: Profile, kl: float, rate: float) -> tuple[Profile, int] | None:
+    def advance(self, profile: Profile, kl: float, before: Profile | None) -> tuple[Profile, int] | None:
         if self.win_rate(profile) > _HIGHEST:
             return None
         edges = _split(profile.edges, _defect(self.pairs, profile), _ROUGHLY)
@@ -124,6 +124,7 @@ class Variation:
         moved = _moved(profile, edges)
         if profile.tangent is not None:
             log_f = moved.log_f + ahead * profile.at(nodes(moved.edges), profile.tangent)
+            rate = (profile.log_beta - before.log_beta) / (profile.kl - before.kl) if before else 0.0
             moved = Profile(moved.edges, log_f, profile.log_beta + rate * (kl - profile.kl))
         found = _newton(self.pairs, moved, kl=kl)
         return found if found and residual(self.pairs, found[0]) < _AWRY else None
