@@ -339,7 +339,10 @@ def _newton(
         elif kl is not None:
             gradient = weight * share * (1 + log_f * (1 - share))
             missing = kl - np.sum(weight * log_f * share) - np.sum(gradient * at_stages[..., 1])
-            change = missing / np.sum(gradient * by_beta_at_stages[..., 1])
+            by_log_beta_of_kl = np.sum(gradient * by_beta_at_stages[..., 1])
+            if by_log_beta_of_kl == 0:
+                return None
+            change = missing / by_log_beta_of_kl
         at_stages = at_stages + change * by_beta_at_stages
         at_edges = at_edges + change * by_beta_at_edges
         size = max(np.max(np.abs(at_stages[..., 1]) / (1 + np.abs(log_f))), abs(change) / 2)
