@@ -219,7 +219,7 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
 def _squeezed(optimum: Optimum, before: Optimum | None, kl: float) -> Optimum:
     """A guess at a larger KL where f has a tail that is left out: mass squeezed towards u = 1, exactly so for worst_of.
 
-    By the factor of exp(KL). log beta goes on as it came from the optimum before. Without a tail, the optimum itself.
+    1 - u shrinks as exp(-KL), log beta goes on as it came from the optimum before. Without a tail, the optimum itself.
     """
     if optimum.edges[0] == 0:
         return optimum
@@ -339,10 +339,10 @@ def _newton(
         elif kl is not None:
             gradient = weight * share * (1 + log_f * (1 - share))
             missing = kl - np.sum(weight * log_f * share) - np.sum(gradient * at_stages[..., 1])
-            by_log_beta_of_kl = np.sum(gradient * by_beta_at_stages[..., 1])
-            if by_log_beta_of_kl == 0:
+            kl_by_log_beta = np.sum(gradient * by_beta_at_stages[..., 1])
+            if kl_by_log_beta == 0:
                 return None
-            change = missing / by_log_beta_of_kl
+            change = missing / kl_by_log_beta
         at_stages = at_stages + change * by_beta_at_stages
         at_edges = at_edges + change * by_beta_at_edges
         size = max(np.max(np.abs(at_stages[..., 1]) / (1 + np.abs(log_f))), abs(change) / 2)
