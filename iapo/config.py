@@ -94,14 +94,15 @@ class ObjectiveConfig(Section):
     procedure: str = Field("best_of(4)", description="what is done at inference: best_of(4), worst_of(4), sample")
     opponent: str | None = Field(None, description="the procedure given to the reference; by default the same")
     target_kl: float | None = Field(None, gt=0, description="KL budget in nats; fixes beta by equation (2)")
+    target_win_rate: float | None = Field(None, gt=0, lt=1, description="in place of target_kl: fixes the KL by (4)")
     beta: float | None = Field(None, gt=0, description="for experts, in place of target_kl")
     transform: str = Field("optimal", description="optimal, first_order, identity, log or exp_tilt(t)")
     loss: Literal["pointwise"] = Field("pointwise", description="how the policy is fitted to the closed form")
 
     @model_validator(mode="after")
     def _one_knob(self) -> Self:
-        if (self.target_kl is None) == (self.beta is None):
-            raise ValueError("give either target_kl (nats) or beta")
+        if sum(knob is not None for knob in (self.target_kl, self.target_win_rate, self.beta)) != 1:
+            raise ValueError("give exactly one of target_kl (nats), target_win_rate and beta")
         return self
 
 

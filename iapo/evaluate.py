@@ -136,9 +136,9 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
     `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
     the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
     closed_form_win_rate (the optimum of equation (4) at the measured KL), kl_efficiency = (win_rate − W₀) /
-    (closed_form_win_rate − W₀) with W₀ the win rate of the reference (½ if the opponent has the same procedure), null
-    where the KL is not above its error. `uniformity`: KS distance of fresh base
-    samples from the uniform distribution that calibration promises.
+    (closed_form_win_rate − W₀) with W₀ the win rate of the reference (½ if the opponent has the same procedure). Both
+    are null where the KL is not above its error or the closed form cannot be solved at it. `uniformity`: KS distance of
+    fresh base samples from the uniform distribution that calibration promises.
     """
     records = []
     for policy, rows in table.groupby("policy", sort=False):
@@ -155,8 +155,7 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 "kl_se": kl.se,
             }
             win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
-            solvable = min(kl.value, HIGHEST_KL)
-            optimum = optimal_win_rate(procedure, opponent, solvable) if kl.value > max(2 * kl.se, 1e-4) else None
+            optimum = closed_form_win_rate(procedure, opponent, kl.value) if has_moved(kl.value, kl.se) else None
             start = optimal_win_rate(procedure, opponent, 0)
             records.append(
                 record
@@ -169,6 +168,20 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 }
             )
     return {"policies": records, "uniformity": {"base_ks_distance": base_ks_distance(table, reference, config.seed)}}
+
+
+def has_moved(kl: float, se: float) -> bool:
+    """Whether a measured KL can be told from none."""
+    return kl > max(2 * se, 1e-4)
+
+
+def closed_form_win_rate(procedure: Procedure, opponent: Procedure, kl: float) -> float | None:
+    """The largest win rate possible at a measured KL; None, with a warning, where the closed form cannot be solved."""
+    try:
+        return optimal_win_rate(procedure, opponent, min(kl, HIGHEST_KL))
+    except UserError as error:
+        log.warning("%s at the measured KL of %.4g nats: no closed form to compare with: %s", procedure, kl, error)
+        return None
 
 
 def prompt_win_rates(

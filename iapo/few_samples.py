@@ -31,6 +31,8 @@ from scipy.stats import binom
 
 from iapo.closed_form import ClosedForm, optimal_win_rate, solve
 from iapo.errors import UserError
+from iapo.functionals import corners as corners_of
+from iapo.procedures import pairings
 from iapo.quadrature import nodes, weights
 from iapo.transforms import Transform
 
@@ -89,22 +91,25 @@ def rank_targets(form: ClosedForm, samples: int) -> Floats:
     """
     if samples < 2:
         raise UserError(f"samples = {samples} given, a whole number of at least 2 expected")
-    ranks = rank_probabilities(_U, samples)
-    log_f = form.log_density(_U)
-    wanted = ranks.T @ np.exp(log_f + np.log(_DU) - logsumexp(log_f, b=_DU))  # of each rank, under f
-    price = 2 * NOISE_PRICE * form.kl / (_DU @ log_f**2 - (_DU @ log_f) ** 2)
-    chance = price * (np.diag(ranks.T @ _DU) - ranks.T @ (ranks * _DU[:, None]))  # (10) is quadratic in t
+    breaks = [corners_of(pairings(form.procedure, form.opponent)), getattr(form.transform, "corners", [])]
+    edges = np.unique(np.concatenate([_EDGES, *breaks]))  # f may jump at these
+    u, du = nodes(edges).ravel(), weights(edges).ravel()
+    ranks = rank_probabilities(u, samples)
+    log_f = form.log_density(u)
+    wanted = ranks.T @ np.exp(log_f + np.log(du) - logsumexp(log_f, b=du))  # of each rank, under f
+    price = 2 * NOISE_PRICE * form.kl / (du @ log_f**2 - (du @ log_f) ** 2)
+    chance = price * (np.diag(ranks.T @ du) - ranks.T @ (ranks * du[:, None]))  # (10) is quadratic in t
     level = np.full((samples, samples), 1 / samples)  # adding a constant to t changes nothing
 
     def normalized(t: Floats) -> Floats:
-        return t - logsumexp(ranks @ t, b=_DU)
+        return t - logsumexp(ranks @ t, b=du)
 
     def loss(t: Floats) -> float:
         return float(-wanted @ t + t @ chance @ t / 2)
 
     targets = normalized(np.zeros(samples))
     for _ in range(100):  # Newton, damped
-        mass = _DU * np.exp(ranks @ targets)
+        mass = du * np.exp(ranks @ targets)
         found = ranks.T @ mass
         gradient = found - wanted + chance @ targets
         curvature = ranks.T @ (ranks * mass[:, None]) - np.outer(found, found) + chance + level

@@ -82,7 +82,8 @@ def frontier(
             clip_on=False,
         )
         _beside(axes, record["name"], at, color, (7, -12), "left")
-    axes.set_xlim(min([0, *(record["kl"] for record in records)]), max(end[0] for end in ends.values()))
+    kls = [record["kl"] for record in records]
+    axes.set_xlim(min([0, *kls]), max([*(end[0] for end in ends.values()), *kls]))
     _label_ends(axes, ends)
     axes.set_xlabel("KL from the reference, nats")
     axes.set_ylabel("win rate against the reference")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 from iapo.errors import UserError
 from iapo.procedures import Functional, Pairing
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 
 _STEP = 1e-6  # of the central differences of h'
 _TOLERANCE = 1e-9  # of `residual`
-_ROUGHLY = 1e-4  # of `residual` on the way
+_ROUGHLY = 1e-4  # of `residual` and of Newton's last step on the way
 _TOP_MASS = 0.05  # of the last panel before u = 1, where the policy of a higher KL is steeper
 _AWRY = 0.1  # of `residual`, where the panels are too coarse for the step
 _HIGHEST = 1 - 1e-7  # win rate beyond which Phi / beta loses its digits
@@ -111,7 +112,7 @@ class Variation:
             raise UserError("no optimum was found near the reference; is the procedure's output_cdf a CDF, and smooth?")
         return found[0]
 
-    def advance(self, profile: Profile, kl: float, rate: float) -> tuple[Profile, int] | None:
+    def advance(self, profile: Profile, kl: float, before: Profile | None) -> tuple[Profile, int] | None:
         if self.win_rate(profile) > _HIGHEST:
             return None
         edges = _split(profile.edges, _defect(self.pairs, profile), _ROUGHLY)
@@ -124,8 +125,9 @@ class Variation:
         moved = _moved(profile, edges)
         if profile.tangent is not None:
             log_f = moved.log_f + ahead * profile.at(nodes(moved.edges), profile.tangent)
+            rate = (profile.log_beta - before.log_beta) / (profile.kl - before.kl) if before else 0.0
             moved = Profile(moved.edges, log_f, profile.log_beta + rate * (kl - profile.kl))
-        found = _newton(self.pairs, moved, kl=kl)
+        found = _newton(self.pairs, moved, kl=kl, tolerance=_ROUGHLY)
         return found if found and residual(self.pairs, found[0]) < _AWRY else None
 
     def refine(self, profile: Profile, kl: float | None = None, log_beta: float | None = None) -> Profile | None:
@@ -262,11 +264,13 @@ class _Discrete:
         by_cdf = sum(
             (w * b.density(self.u) * (a.density(up) - a.density(down)) / (up - down) for w, a, b in self.pointwise), 0.0
         )
-        hessian = (self.to_cdf.T * (self.weights * by_cdf)) @ self.to_cdf
+        inner, rows = np.diag(self.weights * by_cdf), self.to_cdf
         if self.functional:
             loss, values, rows = self._loss()
-            hessian = hessian + rows.T @ _hessian(loss, values) @ rows
-        return -hessian / self.weights[:, None]
+            by_all = _hessian(loss, values)
+            by_all[: len(inner), : len(inner)] += inner
+            inner = by_all
+        return -(rows.T @ (csr_array(inner) @ rows)) / self.weights[:, None]  # few of it are not 0
 
 
 def _grad(output: Any, inputs: list[Any], create_graph: bool = False) -> list[Any]:
@@ -308,16 +312,20 @@ def _hessian(loss: Any, values: list[Any]) -> Floats:
 
 
 def _newton(
-    pairs: tuple[Pairing, ...], profile: Profile, kl: float | None = None, log_beta: float | None = None
+    pairs: tuple[Pairing, ...],
+    profile: Profile,
+    kl: float | None = None,
+    log_beta: float | None = None,
+    tolerance: float = 1e-11,
 ) -> tuple[Profile, int] | None:
     """Solve (1) at a KL or a log beta: the solution and its iterations, None if there is none."""
     with np.errstate(over="ignore", invalid="ignore"):
-        found = _iterate(pairs, profile, kl, log_beta)
+        found = _iterate(pairs, profile, kl, log_beta, tolerance)
     return found if found and np.all(np.isfinite(found[0].log_f)) else None
 
 
 def _iterate(
-    pairs: tuple[Pairing, ...], profile: Profile, kl: float | None, log_beta: float | None
+    pairs: tuple[Pairing, ...], profile: Profile, kl: float | None, log_beta: float | None, tolerance: float
 ) -> tuple[Profile, int] | None:
     previous, log_z = np.inf, 0.0
     for iteration in range(1, 16):
@@ -351,7 +359,7 @@ def _iterate(
         reached = profile.log_beta + float(damping * step[-1])
         ahead = tangent[:size].reshape(moved.shape) if log_beta is None else None
         profile = Profile(profile.edges, moved, reached, ahead)
-        if change < 1e-11 or previous < change < 1e-6:
+        if change < tolerance or previous < change < 1e-6:
             return profile, iteration
         previous = change
     return None

@@ -13,12 +13,12 @@ condition on the KL, and continuation from the small-KL limit (7). A fixed point
 Where f is zero to double precision F is zero, and (5) is an integral: such a tail at small u is left out of the panels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_banded
-from scipy.special import expit, log_expit
+from scipy.special import expit, log_expit, logit, logsumexp
 
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import INTEGRALS, NODES, ORDER, WEIGHTS, cumulative, nodes, partial_integrals, weights
@@ -30,7 +30,9 @@ _DEEP = -60.0  # log f below which a tail is left out of the panels
 _LOWEST = 340.0  # log of the largest -log f given, whose square is still a number
 _ROUNDING = 1e-14  # of F and of L in a panel's polynomials, with the amplification of their derivative
 _STEP = 1e-6  # of the central differences of k
-_RESOLUTION = 0.24  # panel size in the units of `_remesh`
+_RESOLUTION = 0.24  # panel size in the units of `_position`
+_MOST_PANELS = 20_000  # the hardest of benchmarks/closed_form.py takes 3,300
+_ROUGHLY = 1e-4  # of Newton's last step on the way
 _WORST = 1e-6  # of `residual`, where rounding leaves no more to be had
 _BENDS = 1e4  # L' above the inverse of this is resolved by its logarithm
 _TOLERANCE = 1e-9  # of `residual`
@@ -65,8 +67,7 @@ class Optimum:
 
     def points(self, between: int = 2) -> tuple[Floats, Floats, Floats]:
         """u, F and L, increasing, at every edge and node, with `between` steps from one to the next."""
-        places = np.r_[_POINTS, 1]
-        places = np.interp(np.arange((len(places) - 1) * between) / between, np.arange(len(places)), places)
+        places = _places(between)
         width = np.diff(self.edges)[:, None]
         t = np.append(self.edges[:-1, None] + width * places, 2)
         cdf, log_f = np.moveaxis(_interpolate(self, t), -1, 0)
@@ -84,6 +85,12 @@ class Optimum:
     def slopes(self, pairs: tuple[Pairing, ...], u: Floats, cdf: Floats, log_f: Floats) -> Floats:
         """dL / du at points."""
         return _slope(pairs, u + cdf, np.stack([cdf, log_f], axis=-1), self.log_beta) / expit(-log_f)
+
+
+def _places(between: int) -> Floats:
+    """A panel's left edge and nodes, with `between` steps from one to the next."""
+    places = np.r_[_POINTS, 1]
+    return np.interp(np.arange((len(places) - 1) * between) / between, np.arange(len(places)), places)
 
 
 def tail_transform(pairs: tuple[Pairing, ...], u: Floats) -> Floats:
@@ -130,15 +137,17 @@ class Collocation:
     def start(self, kl: float, log_beta: float | None = None) -> Optimum:
         return _start(self.pairs, kl, log_beta)
 
-    def advance(self, optimum: Optimum, kl: float, rate: float) -> tuple[Optimum, int] | None:
-        guess = _squeezed(optimum, kl - optimum.kl, rate)
-        return _newton(self.pairs, _remesh(self.pairs, guess, 2 * _RESOLUTION), kl=kl)
+    def advance(self, optimum: Optimum, kl: float, before: Optimum | None) -> tuple[Optimum, int] | None:
+        guess = _extrapolated(self.pairs, optimum, before, kl) if before else None
+        mesh = _remesh(self.pairs, guess or _squeezed(optimum, before, kl), 2 * _RESOLUTION)
+        return _newton(self.pairs, mesh, kl=kl, tolerance=_ROUGHLY) if mesh else None
 
     def refine(self, optimum: Optimum, kl: float | None = None, log_beta: float | None = None) -> Optimum | None:
         """On panels halved until the equations hold between the nodes, or rounding keeps them from it."""
         resolution, previous = _RESOLUTION, np.inf
         for _ in range(5):
-            found = _newton(self.pairs, _remesh(self.pairs, optimum, resolution), kl, log_beta)
+            mesh = _remesh(self.pairs, optimum, resolution)
+            found = _newton(self.pairs, mesh, kl, log_beta) if mesh else None
             if found is None:
                 return None
             optimum = found[0]
@@ -207,13 +216,15 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
     return found[0]
 
 
-def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
-    """A guess at `more` nats beyond an optimum, where log beta changes at `rate`.
+def _squeezed(optimum: Optimum, before: Optimum | None, kl: float) -> Optimum:
+    """A guess at a larger KL where f has a tail that is left out: mass squeezed towards u = 1, exactly so for worst_of.
 
-    With a tail where F = 0 the policy's mass is squeezed towards u = 1: by exp(-more), exactly so for worst_of.
+    1 - u shrinks as exp(-KL), log beta goes on as it came from the optimum before. Without a tail, the optimum itself.
     """
     if optimum.edges[0] == 0:
         return optimum
+    more = kl - optimum.kl
+    rate = (optimum.log_beta - before.log_beta) / (optimum.kl - before.kl) if before else 0.0
     u, cdf, _ = optimum.points()
     t, moved = u + cdf, 1 - (1 - u) * np.exp(-more) + cdf
     edges = np.interp(optimum.edges, t, moved)
@@ -225,8 +236,53 @@ def _squeezed(optimum: Optimum, more: float, rate: float) -> Optimum:
     return Optimum(edges, at(edges), at(nodes(edges)), optimum.log_beta + rate * more)
 
 
+def _extrapolated(pairs: tuple[Pairing, ...], optimum: Optimum, before: Optimum, kl: float) -> Optimum | None:
+    """A guess at a larger KL where f has no tail, by two optima: None where it is no density.
+
+    Panels follow what is steep, so that log(1 - u), the logit of F and L change smoothly at equal places in the mesh:
+    with the root of the KL where that is small, in proportion to it where it is large. log beta is what fits these.
+    """
+    if optimum.edges[0] > 0:
+        return None
+
+    def root(kl: float) -> float:
+        return float(np.sqrt(kl * (1 + kl)))
+
+    ratio = (root(kl) - root(optimum.kl)) / (root(optimum.kl) - root(before.kl))
+
+    def curve(one: Optimum) -> list[Floats]:
+        u, cdf, log_f = one.points()
+        place = _position(pairs, u + cdf, np.stack([cdf, log_f], axis=-1), one.log_beta)
+        return [place / place[-1], u, np.clip(cdf, 0, 1), log_f]
+
+    (place, u, cdf, log_f), (place_before, *values) = curve(optimum), curve(before)
+    u_before, cdf_before, log_f_before = (np.interp(place, place_before, one) for one in values)
+    with np.errstate(all="ignore"):  # at the ends the logarithms are infinite, and nothing moves
+        pull = ratio * (np.log(1 - u) - np.log(1 - u_before))
+        push = ratio * (logit(cdf) - logit(cdf_before))
+        further = expit(logit(cdf) + np.where(np.isfinite(push), push, 0))
+        moved = np.maximum.accumulate(1 - (1 - u) * np.exp(np.where(np.isfinite(pull), pull, 0)) + further)
+        state = np.stack([further, log_f + ratio * (log_f - log_f_before)], axis=-1)
+        edges = np.interp(optimum.edges, u + cdf, moved)
+        edges[-1] = 2
+
+        def at(t: Floats) -> Floats:
+            return np.stack([np.interp(t, moved, one) for one in state.T], axis=-1)
+
+        guess = Optimum(edges, at(edges), at(nodes(edges)), 0.0)
+        cdf, log_f = np.moveaxis(guess.stages, -1, 0)
+        log_k = log_kernel(pairs, cdf, nodes(edges) - cdf) + log_expit(-log_f)
+        log_beta = logsumexp(log_k, b=weights(edges)) - np.log(np.ptp(guess.state[:, 1]))
+    sound = np.isfinite(log_beta) and np.all(np.isfinite(guess.stages)) and np.all(np.diff(edges) > 0)
+    return replace(guess, log_beta=float(log_beta)) if sound else None
+
+
 def _newton(
-    pairs: tuple[Pairing, ...], optimum: Optimum, kl: float | None = None, log_beta: float | None = None
+    pairs: tuple[Pairing, ...],
+    optimum: Optimum,
+    kl: float | None = None,
+    log_beta: float | None = None,
+    tolerance: float = 1e-9,
 ) -> tuple[Optimum, int] | None:
     """Solve the collocation equations at a KL or a log beta: the solution and its iterations, None if there is none.
 
@@ -283,7 +339,10 @@ def _newton(
         elif kl is not None:
             gradient = weight * share * (1 + log_f * (1 - share))
             missing = kl - np.sum(weight * log_f * share) - np.sum(gradient * at_stages[..., 1])
-            change = missing / np.sum(gradient * by_beta_at_stages[..., 1])
+            kl_by_log_beta = np.sum(gradient * by_beta_at_stages[..., 1])
+            if kl_by_log_beta == 0:
+                return None
+            change = missing / kl_by_log_beta
         at_stages = at_stages + change * by_beta_at_stages
         at_edges = at_edges + change * by_beta_at_edges
         size = max(np.max(np.abs(at_stages[..., 1]) / (1 + np.abs(log_f))), abs(change) / 2)
@@ -291,7 +350,7 @@ def _newton(
             return None
         damping = min(1, 1 / size)
         state, stages, current = state + damping * at_edges, stages + damping * at_stages, current + damping * change
-        if size < 1e-9 or previous < size < 1e-6:  # or as close as rounding lets it come
+        if size < tolerance or previous < size < 1e-6:  # or as close as rounding lets it come
             return Optimum(edges, state, stages, float(current)), iteration
         previous = size
     return None
@@ -319,21 +378,28 @@ def _solve_edges(transfer: Floats, constant: Floats, sensitivity: Floats, first:
     return solve_banded((2, 2), banded, right, check_finite=False).reshape(panels + 1, 2, 2)
 
 
-def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> Optimum:
-    """The same functions on panels of equal size: in t, in L where f > 1, in log |L| where f < 1, and in log L'."""
-    u, cdf, log_f = optimum.points()
-    if optimum.edges[0] > 0:
-        below = optimum.edges[0] * (1 - np.geomspace(1, 1e-4, 60))
-        u, cdf = np.r_[below, u], np.r_[np.zeros_like(below), cdf]
-        log_f = np.r_[optimum.tail(pairs, below), log_f]
-    t, state = u + cdf, np.stack([cdf, log_f], axis=-1)
-    start = _tail_end(pairs, optimum.log_beta, u, cdf, log_f)
-    t, state, log_f = t[start:], state[start:], log_f[start:]
-    bend = np.arcsinh(_BENDS * _slope(pairs, t, state, optimum.log_beta))
+def _position(pairs: tuple[Pairing, ...], t: Floats, state: Floats, log_beta: float) -> Floats:
+    """Places of points in a good mesh, of equal steps in t, in L where f > 1, in log |L| where f < 1, and in log L'."""
+    log_f = state[:, 1]
+    bend = np.arcsinh(_BENDS * _slope(pairs, t, state, log_beta))
     middle = (log_f[1:] + log_f[:-1]) / 2
     rate = np.maximum(1 / np.hypot(1, middle), 0.15 * (middle > 0))
     steps = np.diff(t) + rate * np.abs(np.diff(log_f)) + 0.5 * np.abs(np.diff(bend))
-    position = np.concatenate([[0.0], np.cumsum(steps)])
+    return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> Optimum | None:
+    """The same functions on panels of equal size by `_position`; None if they would be too many."""
+    t = np.append(optimum.edges[:-1, None] + np.diff(optimum.edges)[:, None] * _places(2), 2)
+    state = _interpolate(optimum, t)
+    if optimum.edges[0] > 0:
+        below = optimum.edges[0] * (1 - np.geomspace(1, 1e-4, 60))
+        t, state = np.r_[below, t], np.concatenate([_extend(pairs, optimum, below), state])
+    start = _tail_end(pairs, optimum.log_beta, t, state)
+    t, state = t[start:], state[start:]
+    position = _position(pairs, t, state, optimum.log_beta)
+    if not position[-1] < resolution * _MOST_PANELS:
+        return None
     panels = int(np.ceil(position[-1] / resolution))
     edges = np.interp(np.linspace(0, position[-1], panels + 1), position, t)
     edges[0], edges[-1] = t[0], 2
@@ -341,13 +407,18 @@ def _remesh(pairs: tuple[Pairing, ...], optimum: Optimum, resolution: float) -> 
     return Optimum(edges, states, stages, optimum.log_beta)
 
 
-def _tail_end(pairs: tuple[Pairing, ...], log_beta: float, u: Floats, cdf: Floats, log_f: Floats) -> int:
-    """The last of these points up to which f is negligible, and F too on the right-hand side of (5); 0 if none is."""
-    cdf = np.minimum(cdf, u * np.exp(log_f))  # f increases
+def _tail_end(pairs: tuple[Pairing, ...], log_beta: float, t: Floats, state: Floats) -> int:
+    """The last of these points up to which f is negligible, and F too on the right-hand side of (5); 0 if none is.
+
+    Nor is there a tail where (5) is zero at F = 0: f then stays where it is, and F is all that tells when it rises.
+    """
+    u, log_f = t - state[:, 0], state[:, 1]
+    cdf = np.minimum(state[:, 0], u * np.exp(log_f))  # f increases
+    at_zero = log_kernel(pairs, np.zeros_like(u), u) - log_beta
     change = np.exp(np.minimum(log_kernel(pairs, cdf, u) - log_beta, _STEEPEST)) - np.exp(
-        np.minimum(log_kernel(pairs, np.zeros_like(u), u) - log_beta, _STEEPEST)
+        np.minimum(at_zero, _STEEPEST)
     )
-    empty = (log_f < _DEEP) & (np.abs(change) * u < 1e-12)
+    empty = (log_f < _DEEP) & (np.abs(change) * u < 1e-12) & (at_zero > -np.inf)
     return max(int(np.argmin(empty)) - 1, 0)
 
 

@@ -32,8 +32,8 @@ class Solver(Protocol[S]):
     def start(self, kl: float, log_beta: float | None = None) -> S:
         """The small-KL limit, at `kl` or above `log_beta`, or at less KL if that is large."""
 
-    def advance(self, point: S, kl: float, rate: float) -> tuple[S, int] | None:
-        """The stationary point at another KL and the iterations it took, where d log beta / d KL is about `rate`."""
+    def advance(self, point: S, kl: float, before: S | None) -> tuple[S, int] | None:
+        """Nearly the stationary point at a larger KL, and the iterations it took; `before` came before `point`."""
 
     def refine(self, point: S, kl: float | None = None, log_beta: float | None = None) -> S | None:
         """The point at exactly this KL or log beta, to full accuracy."""
@@ -104,19 +104,18 @@ def _follow(
     ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
     if len(ahead) < len(stops):
         yield stops[0], point
-    factor, rate = longest, 0.0
+    factor, before = longest, None
     for _ in range(_MOST_STEPS):
         if stops and not ahead:
             return
         target = min(kl * factor, ahead[0]) if ahead else kl * factor
-        found = solver.advance(point, target, rate)
+        found = solver.advance(point, target, before)
         if found is None:
             factor = factor**0.5
             if factor < 1.0001:
                 raise _lost(solver, point)
             continue
-        rate = (found[0].log_beta - point.log_beta) / (target - kl)
-        point, iterations = found
+        before, (point, iterations) = point, found
         kl = target
         yield kl, point
         if ahead and kl == ahead[0]:

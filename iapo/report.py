@@ -22,8 +22,9 @@ from iapo import figures
 from iapo.calibrate import BAD_KS, Floats
 from iapo.closed_form import ClosedForm, frontier, optimal_win_rate
 from iapo.config import Config
+from iapo.errors import UserError
 from iapo.estimators import draws
-from iapo.evaluate import BASE, TRAINED
+from iapo.evaluate import BASE, HIGHEST_KL, TRAINED, has_moved
 from iapo.procedures import Procedure, parse_procedure
 from iapo.store import Manifest, read_manifest, read_table, write_text
 from iapo.targets import solve_objective
@@ -142,7 +143,8 @@ def headline(record: Record) -> str:
         f"of the time ({interval}) at a KL of {number(record['kl'])}\N{NO-BREAK SPACE}nats"
     )
     if record["kl_efficiency"] is None:
-        return f"{sentence}, which is too little to tell from none."
+        moved = has_moved(record["kl"], record["kl_se"])
+        return f"{sentence}." if moved else f"{sentence}, which is too little to tell from none."
     if record["kl_efficiency"] < 0:
         return f"{sentence}, where {percent(record['closed_form_win_rate'])} is possible."
     return f"{sentence}: {percent(record['kl_efficiency'], 0)} of the gain that is possible at that KL."
@@ -205,11 +207,17 @@ def draw(results: Results) -> dict[str, str]:
 
 
 def curves(results: Results, records: list[Record]) -> dict[str, tuple[Floats, Floats]]:
-    """Win rate against KL of the closed form by transform, somewhat beyond the largest KL to be shown."""
+    """Win rate against KL of the closed form by transform, somewhat beyond the largest KL to be shown.
+
+    Where it cannot be solved that far, the curves end at the KL that was asked for.
+    """
     procedure, opponent = deployed(results.config)
     largest = max([results.form.kl, *(record["kl"] + 1.96 * record["kl_se"] for record in records)])
-    steps = 1.15 * largest * np.linspace(0, 1, CURVE_POINTS)[1:] ** 2  # the curves are steepest at 0
-    found = frontier(procedure, opponent, ("optimal", "identity"), steps)
+    steps = np.linspace(0, 1, CURVE_POINTS)[1:] ** 2  # the curves are steepest at 0
+    try:
+        found = frontier(procedure, opponent, ("optimal", "identity"), min(1.15 * largest, HIGHEST_KL) * steps)
+    except UserError:
+        found = frontier(procedure, opponent, ("optimal", "identity"), results.form.kl * steps)
     untrained = optimal_win_rate(procedure, opponent, 0)
     kl = np.append(0, found.kls)
     return {name: (kl, np.append(untrained, win_rate)) for name, win_rate in found.win_rates.items()}

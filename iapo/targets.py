@@ -20,6 +20,7 @@ def solve_objective(objective: ObjectiveConfig) -> ClosedForm:
         objective.transform,
         beta=objective.beta,
         target_kl=objective.target_kl,
+        target_win_rate=objective.target_win_rate,
     )
 
 

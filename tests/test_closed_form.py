@@ -10,6 +10,8 @@ from scipy.optimize import brentq, minimize
 
 from iapo.closed_form import frontier, optimal_transform, optimal_win_rate, solve, win_rate_of_cdf
 from iapo.errors import UserError
+from iapo.optimum import Collocation, residual
+from iapo.paths import along
 from iapo.procedures import best_of, pairings, parse_procedure
 from iapo.quadrature import nodes, weights
 from iapo.transforms import table
@@ -136,6 +138,25 @@ def test_the_optimum_satisfies_its_equations(procedure, opponent, target_kl):
     )
     assert kl == pytest.approx(target_kl, abs=1e-8)
     assert win_rate_of_cdf(form.cdf, procedure, opponent) == pytest.approx(form.win_rate, abs=1e-8)
+
+
+def test_kth_at_high_kl_is_a_short_path_or_refused_in_one_line():
+    """kth(512, 1024) to 10 nats, log beta falling by 500 a nat; kth(2, 32) becomes a step that u cannot resolve."""
+
+    class Counting(Collocation):
+        steps = 0
+
+        def advance(self, *arguments):
+            Counting.steps += 1
+            return super().advance(*arguments)
+
+    pairs = pairings(parse_procedure("kth(512, 1024)"))
+    optimum = along(Counting(pairs), [10.0])[0]
+    assert Counting.steps < 120 and residual(pairs, optimum) < 1e-7
+    assert optimum.kl == pytest.approx(10, rel=1e-10) and Counting(pairs).win_rate(optimum) == pytest.approx(1)
+    with pytest.raises(UserError, match=r"no optimum was found beyond 2.* nats, where the win rate is 1;") as caught:
+        solve("kth(2, 32)", target_kl=10)
+    assert "\n" not in str(caught.value)
 
 
 def test_facts_stated_in_the_design():

@@ -12,7 +12,16 @@ from transformers import LlamaForCausalLM
 
 from iapo.config import load_config
 from iapo.errors import UserError
-from iapo.evaluate import base_ks_distance, calibrated_rewards, metrics, policies, procedures, prompt_win_rates
+from iapo.evaluate import (
+    HIGHEST_KL,
+    base_ks_distance,
+    calibrated_rewards,
+    closed_form_win_rate,
+    metrics,
+    policies,
+    procedures,
+    prompt_win_rates,
+)
 from iapo.models import prompt_token_ids
 from iapo.procedures import parse_procedure
 from iapo.store import read_table
@@ -75,6 +84,36 @@ def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
     found = metrics(config, made, REFERENCE)["policies"]
     assert all(r["closed_form_win_rate"] is None and r["kl_efficiency"] is None for r in found)
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("kl", [30.0, 1e6, -3.0, 0.0, float("nan")])
+def test_any_measured_kl_has_metrics(config, kl):
+    """Beyond HIGHEST_KL the closed form is that of HIGHEST_KL; where there is nothing to compare with it is null."""
+    found = metrics(config, MADE.assign(log_ratio=kl), REFERENCE)["policies"]
+    for record in found:
+        if kl > 0:
+            procedure = parse_procedure(record["procedure"])
+            assert record["closed_form_win_rate"] == closed_form_win_rate(procedure, procedure, HIGHEST_KL)
+            assert 0.99 < record["closed_form_win_rate"] <= 1
+        else:
+            assert record["closed_form_win_rate"] is None and record["kl_efficiency"] is None
+
+
+def test_a_kl_at_which_the_closed_form_is_refused(tiny_run, caplog):
+    """early_stop(32, 0.3) is refused at 10 nats: null, with a warning in one line, and the others are measured."""
+    config = load_config(tiny_run(evaluate={"procedures": ["early_stop(32, 0.3)"]}))
+    samples = table(
+        {(p, q): [0.1 * n for n in range(32)] for p in ("base", "trained") for q in "ab"}, {"a": 30, "b": 30}
+    )
+    found = metrics(config, samples, {name: np.arange(32.0) for name in "ab"})["policies"]
+    by_procedure = {record["procedure"]: record for record in found}
+    refused = by_procedure["early_stop(32, 0.3)"]
+    assert refused["closed_form_win_rate"] is None and refused["kl_efficiency"] is None
+    assert by_procedure["best_of(4)"]["closed_form_win_rate"] > 0.99
+    json.dumps(found, allow_nan=False)
+    (message, *others) = [record.getMessage() for record in caplog.records]
+    assert "early_stop(32, 0.3) at the measured KL of 30 nats" in message and "\n" not in message
+    assert all(other == message for other in others)
 
 
 def test_win_rates_of_prompts_do_not_mix_in_any_order_of_rows():

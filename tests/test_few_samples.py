@@ -1,9 +1,11 @@
 """What K samples cost: against simulation and a generic optimizer, and in the limits that are known exactly."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.integrate import quad
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 from scipy.stats import beta as beta_distribution
@@ -12,7 +14,15 @@ from scipy.stats import binom
 from iapo import few_samples as module
 from iapo.closed_form import solve
 from iapo.errors import UserError
-from iapo.few_samples import MOST_SAMPLES, RankMean, few_samples, interval_targets, rank_targets, samples_needed
+from iapo.few_samples import (
+    MOST_SAMPLES,
+    NOISE_PRICE,
+    RankMean,
+    few_samples,
+    interval_targets,
+    rank_targets,
+    samples_needed,
+)
 
 GRID, STEP = (np.arange(4000) + 0.5) / 4000, 1 / 4000
 
@@ -121,6 +131,34 @@ def test_obvious_targets_lose_more(samples):
         assert solve("best_of(4)", None, RankMean(tuple(targets)), beta=1).kl < few_samples(form, samples).kl
         at_equal_kl = solve("best_of(4)", None, RankMean(tuple(targets)), target_kl=form.kl)
         assert at_equal_kl.win_rate < best.win_rate
+
+
+@pytest.mark.parametrize(
+    ("procedure", "transform", "corners"),
+    [("early_stop(8, 0.83)", "optimal", [0.83]), ("best_of(4)", "table(0, 3, 1, 2)", [1 / 3, 2 / 3])],
+)
+def test_targets_of_a_density_that_is_not_smooth_by_adaptive_quadrature(procedure, transform, corners):
+    """(10) is stationary at the targets, with every integral of it by scipy, interval by interval."""
+    samples, form = 5, solve(procedure, None, transform, target_kl=0.5)
+    targets = rank_targets(form, samples)
+
+    def integral(function):
+        ends = [0, *corners, 1]
+        return sum(quad(function, low, high, epsabs=1e-12, limit=200)[0] for low, high in pairwise(ends))
+
+    def rank(u, i):
+        return float(binom.pmf(i, samples - 1, u))
+
+    def mean(u):
+        return sum(t * rank(u, i) for i, t in enumerate(targets))
+
+    assert integral(lambda u: np.exp(mean(u))) == pytest.approx(1, abs=1e-9)
+    log_f_squared, log_f = (integral(lambda u, k=k: float(form.log_density(u)) ** k) for k in (2, 1))
+    price = 2 * NOISE_PRICE * form.kl / (log_f_squared - log_f**2)
+    for i, target in enumerate(targets):
+        missing = integral(lambda u, i=i: rank(u, i) * (np.exp(mean(u)) - float(form.density(u))))
+        chance = integral(lambda u, i=i, target=target: rank(u, i) * (target - mean(u)))
+        assert missing + price * chance == pytest.approx(0, abs=1e-7)
 
 
 def test_interval_targets_are_means_over_ranks():

@@ -11,6 +11,7 @@ import pytest
 
 from iapo import report
 from iapo.calibrate import BAD_KS, spread_ranks
+from iapo.closed_form import solve
 from iapo.config import make_config
 from iapo.report import Results, number, percent, printable, read_results, render
 from iapo.store import read_table
@@ -124,6 +125,19 @@ def test_the_headline_without_an_efficiency(trained: dict):
     sentence = report.headline(trained | {"kl": 0.0, "kl_efficiency": None, "opponent": "sample"})
     assert "against sample" in sentence
     assert "too little to tell from none" in sentence
+
+
+def test_a_kl_without_a_closed_form_has_dashes(results: Results, trained: dict):
+    """At 30 nats the curves end before the point, and what cannot be compared is a dash."""
+    far = {"kl": 30.0, "kl_se": 0.1, "closed_form_win_rate": None, "kl_efficiency": None}
+    assert report.headline(trained | far).endswith(f"30.000{NBSP}nats.")
+    records = [record | far if record["name"] == "trained" else record for record in results.records]
+    stop = {"procedure": "early_stop(32, 0.3)", "target_kl": 0.5}
+    config = make_config(results.config.model_dump(mode="json") | {"objective": stop})
+    form = solve("early_stop(32, 0.3)", target_kl=0.5)
+    own = [record | {"procedure": str(form.procedure), "opponent": str(form.opponent)} for record in records]
+    html = render(dataclasses.replace(results, config=config, form=form, records=own))
+    assert html.count("<td>–</td><td>–</td>") >= len({record["procedure"] for record in records})
 
 
 def test_the_headline_of_a_loss(trained: dict):

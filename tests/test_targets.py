@@ -7,9 +7,11 @@ import pytest
 from iapo.atoms import atom_log_density
 from iapo.calibrate import calibrate
 from iapo.closed_form import solve
+from iapo.config import ObjectiveConfig
+from iapo.errors import UserError
 from iapo.few_samples import rank_targets
 from iapo.prompts import GIVEN_FIRST_ID
-from iapo.targets import log_density_targets
+from iapo.targets import log_density_targets, solve_objective
 
 
 def calibrated(given: dict[str, list[float]] | None = None, **prompts: list[float]) -> pd.DataFrame:
@@ -35,6 +37,20 @@ def test_without_ties_a_rank_has_its_target():
     form = solve("best_of(4)", target_kl=0.5)
     targets = log_density_targets(calibrated(x=[30.0, 10.0, 20.0, 40.0], y=[1.0, 2.0]), form)
     assert targets == pytest.approx([*rank_targets(form, 4)[[2, 0, 1, 3]], *rank_targets(form, 2)])
+
+
+@pytest.mark.parametrize("knob", ["target_kl", "target_win_rate", "beta"])
+def test_each_knob_of_the_configuration_fixes_the_same_closed_form(knob):
+    form = solve("best_of(4)", "sample", target_win_rate=0.85)
+    value = {"target_kl": form.kl, "target_win_rate": 0.85, "beta": form.beta}[knob]
+    found = solve_objective(ObjectiveConfig(procedure="best_of(4)", opponent="sample", **{knob: value}))
+    assert found.win_rate == pytest.approx(0.85, abs=1e-9) and found.kl == pytest.approx(form.kl, rel=1e-7)
+
+
+def test_a_win_rate_that_cannot_be_reached_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"target_win_rate = 0\.6 given; more than the reference's own 0\.8") as caught:
+        solve_objective(ObjectiveConfig(procedure="best_of(4)", opponent="sample", target_win_rate=0.6))
+    assert "\n" not in str(caught.value)
 
 
 def test_given_responses_are_one_more():
