@@ -24,7 +24,7 @@ ADAPTER_BYTES = 4 + 4 + 2
 OVERHEAD = 0.8e9
 """Bytes of the CUDA context and of kernels' workspaces; assumed."""
 SHARE = 0.7
-"""Share of a card's peak rates that large kernels reach; assumed."""
+"""Share of a device's peak rates that kernels reach: 0.69 to 0.73 on a CPU (docs/performance.md), assumed of GPUs."""
 LAUNCH = 1e-5
 """Seconds from one kernel's start to the next one's, where kernels are small; assumed."""
 
