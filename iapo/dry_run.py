@@ -128,7 +128,7 @@ class Meter(TorchDispatchMode):
                 self.held += storage.nbytes()
                 self.peaks[-1] = max(self.peaks[-1], self.held)
                 finalize(storage, self._free, storage.nbytes())
-        if not _is_view(func):
+        if not _is_view(func) and "empty" not in func.name():
             moved = sum(t.numel() * t.itemsize for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
             self.kernels[_work(func, args, kwargs or {}, out), moved] += 1
         return out
@@ -205,7 +205,7 @@ class _Dequantized(torch.autograd.Function):
 
 
 def _dequantize(packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return packed.view(-1)[:1].to(dtype).expand(shape).contiguous()
+    return packed.new_zeros(shape, dtype=dtype)  # reads what is packed, writes the matrix
 
 
 def quantize(model: Any, dtype: torch.dtype) -> Any:
@@ -217,7 +217,7 @@ def quantize(model: Any, dtype: torch.dtype) -> Any:
         for name, layer in list(parent.named_children()):
             if type(layer) is not torch.nn.Linear or layer is head:
                 continue
-            made = Linear4bit(
+            made: Any = Linear4bit(
                 layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, device="meta"
             )
             shape = (layer.out_features, layer.in_features)

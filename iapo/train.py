@@ -148,7 +148,7 @@ def add_adapter(base: Any, config: TrainConfig) -> Any:
     return get_peft_model(base, lora)
 
 
-def trained_weights(policy: Any) -> dict[str, torch.Tensor]:
+def trained_weights(policy: Any) -> dict[str, Any]:
     """What is trained, whole and on the CPU of the first process, however the model is sharded; all have to ask."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(policy, options=options)

@@ -15,7 +15,6 @@ from iapo.config import load_config
 from iapo.pipeline import run_stage
 from iapo.store import read_manifest
 
-
 TRAIN = ("-m", "iapo.cli", "train")
 TRAIN_SHARDED = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
 
