@@ -23,8 +23,8 @@ ADAPTER_BYTES = 4 + 4 + 2
 """A parameter of the adapter: itself, its gradient, and two Adam moments in 8 bits."""
 OVERHEAD = 0.8e9
 """Bytes of the CUDA context and of kernels' workspaces; assumed."""
-SHARE = 0.7
-"""Share of a device's peak rates that kernels reach: 0.69 to 0.73 on a CPU (docs/performance.md), assumed of GPUs."""
+SHARE = 0.75
+"""Share of a device's peak rates that kernels reach: 0.69 to 0.84 on a CPU (docs/performance.md), assumed of GPUs."""
 LAUNCH = 1e-5
 """Seconds from one kernel's start to the next one's, where kernels are small; assumed."""
 
@@ -59,7 +59,7 @@ class Need:
 
 def estimate(config: Config, card: Card) -> list[Need]:
     """Needs of the stages that use a GPU, in order. UserError where a model's configuration cannot be had."""
-    from iapo.dry_run import at_full_depth, classifying_pass, sampling_step, scoring_pass, training_pass
+    from iapo.dry_run import classifying_pass, sampling_step, scoring_pass, training_pass
     from iapo.packed_trainer import handful
 
     base = make_model(config.model)
@@ -81,7 +81,7 @@ def estimate(config: Config, card: Card) -> list[Need]:
     at_once = max(1, sample.batch_size // each), min(each, sample.batch_size)
 
     def draw(length: int) -> "Counted":
-        return at_full_depth(base, lambda model: sampling_step(model, prompt_tokens, length, *at_once))
+        return _count(base, lambda model: sampling_step(model, prompt_tokens, length, *at_once))
 
     last, halfway = draw(prompt_tokens + new_tokens - 1), draw(prompt_tokens + new_tokens // 2)
     drawing = new_tokens * seconds(halfway)
@@ -89,12 +89,12 @@ def estimate(config: Config, card: Card) -> list[Need]:
     if config.reward.model is not None:
         reward = make_model(config.reward)
         length, at_once_scored = prompt_tokens + new_tokens, config.reward.batch_size
-        scored = at_full_depth(reward, lambda model: classifying_pass(model, length, at_once_scored))
+        scored = _count(reward, lambda model: classifying_pass(model, length, at_once_scored))
         found.append(Need("score", weight_bytes(reward()) + scored.peak + OVERHEAD, prompts * each * seconds(scored)))
     enough = max(each, math.ceil(budget / new_tokens))
-    reference = at_full_depth(base, lambda model: scoring_pass(model, rows(enough, each), budget, "cuda"))
+    reference = _count(base, lambda model: scoring_pass(model, rows(enough, each), budget, "cuda"))
     together = handful(prompt_tokens, new_tokens, each)
-    step = at_full_depth(
+    step = _count(
         base,
         lambda model: training_pass(
             model, train.lora_rank, rows(train.batch_size, together), budget, train.gradient_checkpointing, True, "cuda"
@@ -113,6 +113,19 @@ def estimate(config: Config, card: Card) -> list[Need]:
             evaluated * (drawing + 2 * seconds(reference)),
         ),
     ]
+
+
+def _count(make: Callable[[], Any], one_pass: Callable[[Any], "Counted"]) -> "Counted":
+    from iapo.dry_run import at_full_depth
+    from iapo.logprobs import CANNOT_SHARE
+
+    try:
+        return at_full_depth(make, one_pass)
+    except CANNOT_SHARE as error:
+        name, reason = make().config.model_type, " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} models cannot be estimated, for their code does not run without data ({reason}); try a short run"
+        ) from error
 
 
 def make_model(config: ModelConfig | RewardConfig) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_config, tiny_settings
 from peft import get_peft_model_state_dict
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaForCausalLM
 
 from iapo import objectives
 from iapo.config import ModelConfig, RewardConfig, TrainConfig, make_config
@@ -161,6 +161,13 @@ def test_memory_and_time_grow_as_they_must(tmp_path, wide_model):
     assert large["sample"].memory > small["sample"].memory
     assert large["train"].memory == small["train"].memory
     assert large["train"].seconds == pytest.approx(2 * small["train"].seconds)
+
+
+def test_an_architecture_whose_code_needs_data_is_refused(tmp_path):
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)
+    config.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UserError, match="bloom models cannot be estimated"):
+        estimate(make_config(tiny_settings(tmp_path / "run", tmp_path / "bloom")), CARDS["rtx-3060"])
 
 
 def test_card_that_is_not_known(iapo, tiny_run):
