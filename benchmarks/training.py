@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from iapo.config import TrainConfig, make_config
@@ -74,7 +75,7 @@ def make_rows(shape: tuple[int, int, int], prompts: int, vocabulary: int) -> lis
 
 
 def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int, folder: str) -> Any:
-    """A step takes `step` responses, a forward pass `budget` tokens."""
+    """A step takes `step` responses, a forward pass `budget` tokens; in order, so that a step has one prompt."""
     settings: dict[str, Any] = {
         "run": folder,
         "model": {"base": "none"},
@@ -83,7 +84,7 @@ def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int
         "objective": {"target_kl": 1.0},
         "train": {"batch_size": step},
     }
-    return PolicyTrainer(
+    trainer = PolicyTrainer(
         model=policy,
         args=training_arguments(make_config(settings), Path(folder), len(rows)),
         train_dataset=Dataset.from_list(rows),
@@ -92,6 +93,8 @@ def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int
         budget=budget,
         temperature=1.0,
     )
+    trainer._get_train_sampler = SequentialSampler
+    return trainer
 
 
 def trl_trainer(

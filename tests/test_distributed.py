@@ -45,8 +45,8 @@ def adapter_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("program", [TRAIN, TRAIN_SHARDED], ids=["ddp", "fsdp"])
-def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program):
+@pytest.mark.parametrize(("program", "tolerance"), [(TRAIN, 1e-5), (TRAIN_SHARDED, 3e-5)], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program, tolerance):
     """Every step is the same mean over 16 responses, however it is divided and packed."""
     settings = {"epochs": 0.5, "micro_batch_size": 2, "evaluations": 1}
     path = tiny_run(train={"batch_size": 16, "lora_rank": 4} | settings, model={"quantization": "none"})
@@ -65,7 +65,7 @@ def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program):
     start = [weight for name, weight in one.items() if "lora_B" in name]
     assert max(float(weight.abs().max()) for weight in start) > 1e-3  # they start at zero
     for name, weight in one.items():  # Adam makes much of rounding where a gradient is next to nothing
-        assert torch.allclose(weight, two[name], atol=3e-5), name
+        assert torch.allclose(weight, two[name], atol=tolerance), name
     records = [read_manifest(run, "train") for run in (config.run, Path(other["run"]))]
     held_out = [record["held_out"] for record in records if record]
     assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)
