@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 from weakref import finalize
 
 import torch
@@ -173,20 +172,24 @@ def without_data(model: Any, device: str) -> Iterator[None]:
 
     All say that they are on the CPU, for nothing else is sure to be there; device: as whose logits are cut to chunks.
     """
-    with FakeTensorMode(), patch.dict(CHUNK, cpu=CHUNK[device]):
-        made: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {}
 
-        def replace(tensor: Tensor) -> Tensor:
-            if id(tensor) not in made:  # tied weights stay one
-                made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
-                if isinstance(tensor, torch.nn.Parameter):
-                    made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], tensor.requires_grad)
-            return made[id(tensor)]
+    def emptied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # tied weights stay one
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                made[id(tensor)] = torch.nn.Parameter(made[id(tensor)], tensor.requires_grad)
+        return made[id(tensor)]
 
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: replace(tensor) for name, tensor in tensors.items() if tensor is not None})
-        yield
+    chunk, CHUNK["cpu"] = CHUNK["cpu"], CHUNK[device]
+    try:
+        with FakeTensorMode():
+            for module in model.modules():
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({name: emptied(tensor) for name, tensor in tensors.items() if tensor is not None})
+            yield
+    finally:
+        CHUNK["cpu"] = chunk
 
 
 class _Dequantized(torch.autograd.Function):
