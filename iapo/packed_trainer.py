@@ -31,10 +31,11 @@ def handful(prompt_tokens: float, response_tokens: float, most: int) -> int:
     return max(1, min(most, math.ceil(prompt_tokens / response_tokens)))
 
 
-def handful_of(rows: Sequence[Row]) -> int:
-    """The same for some rows."""
-    prompt_tokens, response_tokens = (sum(len(row[name]) for row in rows) for name in ("prompt_ids", "response_ids"))
-    return handful(prompt_tokens, response_tokens, max(Counter(row["prompt_id"] for row in rows).values()))
+def handful_of(rows: Any) -> int:
+    """The same for a data set of rows, by their mean lengths."""
+    lengths = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in rows]
+    prompt_tokens, response_tokens = map(sum, zip(*lengths, strict=True))
+    return handful(prompt_tokens, response_tokens, max(Counter(rows["prompt_id"]).values()))
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,11 @@ def test_a_prompt_costs_no_more_than_the_responses_that_share_it():
     ]
     rows = make_rows()  # four prompts of 3, 9, 1 and 5 tokens with four responses each
     responses = sum(len(row["response_ids"]) for row in rows) / 16
-    assert handful_of(rows) == min(4, -int(-4.5 // responses))
+    assert handful_of(Dataset.from_list(rows)) == min(4, -int(-4.5 // responses))
     long = [row | {"prompt_ids": [1] * 99} for row in rows]
-    assert handful_of(long) == 4
+    assert handful_of(Dataset.from_list(long)) == 4
 
 
 def test_training_takes_handfuls_by_that_rule(make_trainer):
     trainer = make_trainer(60)
-    assert trainer._get_train_sampler().together == handful_of(make_rows())
+    assert trainer._get_train_sampler().together == handful_of(Dataset.from_list(make_rows()))
