@@ -30,6 +30,8 @@ from benchmarks.training import (
     trl_trainer,
 )
 from iapo.config import TrainConfig
+from iapo.dry_run import at_full_depth, quantize, training_pass
+from iapo.estimate import ADAPTER_BYTES, adapter_parameters
 from iapo.logprobs import make_batch, response_logprobs, sharing_of
 from iapo.train import add_adapter
 
@@ -140,6 +142,20 @@ def measure(trainer_name: str, size: str, shape: tuple[int, int, int], nf4: bool
     return {"tokens_per_second": response * count / seconds, "peak_bytes": peak, "weights_bytes": weights}
 
 
+def predicted_peak(size: str, shape: tuple[int, int, int], nf4: bool) -> float:
+    """What `iapo estimate` expects beside weights and adapter: gradients, moments, and what the pass holds."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(llama_config(size)).to(torch.bfloat16)
+        return quantize(model, torch.bfloat16) if nf4 else model
+
+    def one_pass(model: Any) -> Any:
+        return training_pass(model, RANK, [shape], shape[0] + shape[2] * shape[1], nf4, True, "cuda")
+
+    return at_full_depth(make, one_pass).peak + (ADAPTER_BYTES - 4) * adapter_parameters(make(), RANK)
+
+
 def matrix_rate(device: torch.device, width: int) -> float:
     """Floating-point operations a second of large products in bfloat16."""
     a = torch.randn(width, width, dtype=torch.bfloat16, device=device)
@@ -181,6 +197,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found = measure(trainer, size, shape, nf4, device)
             if "tokens_per_second" in found and trainer == "iapo":
                 work = step_work(size, shape) / (shape[1] * shape[2])
+                found["predicted_peak_bytes"] = predicted_peak(size, shape, nf4)
                 found["share_of_matrix_rate"] = found["tokens_per_second"] * work / rate
             case = {"model": size, "shape": shape, "nf4": nf4, "cap_gb": cap, "trainer": trainer} | found
             result["cases"].append(case)

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
 from iapo.config import TrainConfig, make_config
@@ -73,7 +75,7 @@ def make_rows(shape: tuple[int, int, int], prompts: int, vocabulary: int) -> lis
 
 
 def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int, folder: str) -> Any:
-    """A step takes `step` responses, a forward pass `budget` tokens."""
+    """A step takes `step` responses, a forward pass `budget` tokens; in order, so that a step has one prompt."""
     settings: dict[str, Any] = {
         "run": folder,
         "model": {"base": "none"},
@@ -82,7 +84,7 @@ def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int
         "objective": {"target_kl": 1.0},
         "train": {"batch_size": step},
     }
-    return PolicyTrainer(
+    trainer = PolicyTrainer(
         model=policy,
         args=training_arguments(make_config(settings), Path(folder), len(rows)),
         train_dataset=Dataset.from_list(rows),
@@ -91,6 +93,8 @@ def iapo_trainer(policy: Any, rows: list[dict[str, Any]], step: int, budget: int
         budget=budget,
         temperature=1.0,
     )
+    trainer._get_train_sampler = SequentialSampler
+    return trainer
 
 
 def trl_trainer(
@@ -259,14 +263,14 @@ def work() -> None:
         print(RESULT + json.dumps(measure(json.loads(line))), flush=True)
 
 
-def matrix_rate() -> float:
-    """Floating-point operations a second of a large product in float32."""
+def matrix_rate(now: Callable[[], float]) -> float:
+    """Floating-point operations a second of a large product in float32, by that clock."""
     a, b = torch.randn(2048, 768), torch.randn(768, 2048)
     best = float("inf")
     for _ in range(20):
-        start = time.perf_counter()
+        start = now()
         a @ b
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now() - start)
     return 2 * 2048 * 768 * 2048 / best
 
 
@@ -332,7 +336,9 @@ def main() -> None:
                 print(f"{size:>10} {text:>14} {name:>5} {at_once:8d} {rate:9.0f} {peak / 1e6:7.0f}", flush=True)
                 if rate > rates.get(name, 0):  # TRL at its fastest, with the memory that takes
                     rates[name], peaks[name] = rate, peak
-            floor = step_work(size, shape) / matrix_rate()
+            floor = step_work(size, shape) / matrix_rate(
+                time.process_time if options.processor_time else time.perf_counter
+            )
             result = case | {
                 "tokens_per_second": rates,
                 "peak_bytes": peaks,

@@ -200,6 +200,10 @@ def sharing_of(model: Any) -> Sharing:
     return found
 
 
+CANNOT_SHARE = (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError)
+"""What a model may raise when it is given shared prompts."""
+
+
 def _try_sharing(inner: Any) -> Sharing:
     name = inner.config.model_type
     expected = _expected(inner)
@@ -208,18 +212,18 @@ def _try_sharing(inner: Any) -> Sharing:
         teach(inner, logits=True)
         log.warning("%s models make something unknown of their logits (%s); whole logits are kept", name, why)
     try:
-        why = _prepare_sharing(inner) or _differs(inner, expected, Sharing(True))
-    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = prepare_sharing(inner) or _differs(inner, expected, Sharing(True))
+    except CANNOT_SHARE as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
     if not why:
-        return Sharing(True, _window(inner))
+        return Sharing(True, window(inner))
     if inner.config._attn_implementation == ATTENTION:
         inner.set_attn_implementation("sdpa")
     log.warning("%s models cannot share a prompt (%s); it is computed again for every response", name, why)
     return Sharing(False)
 
 
-def _prepare_sharing(inner: Any) -> str:
+def prepare_sharing(inner: Any) -> str:
     """Let the model's attention layers call ours; or say why not."""
     if inner.config._attn_implementation != "sdpa":
         return f"attention is {inner.config._attn_implementation}, not SDPA"
@@ -228,7 +232,7 @@ def _prepare_sharing(inner: Any) -> str:
     return "" if inner.config._attn_implementation == ATTENTION else "attention cannot be replaced"
 
 
-def _window(inner: Any) -> float:
+def window(inner: Any) -> float:
     """Positions that every layer sees at least, where some see only the nearest ones."""
     text = inner.config.get_text_config()
     windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]

@@ -1,5 +1,8 @@
 """transformers.Trainer on whole steps: each is packed into forward passes by tokens, rows of a prompt together."""
 
+import logging
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +16,26 @@ from transformers import Trainer
 from iapo.logprobs import make_batch, pack, sharing_of
 from iapo.shards import shard_seed
 
+log = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 
-TOGETHER = 8
-"""Responses of one prompt that a step takes together, to share the prompt (measured: docs/log.md)."""
 COLUMNS = ("ref_logprob", "target", "calibrated_reward")
+
+
+def handful(prompt_tokens: float, response_tokens: float, most: int) -> int:
+    """Responses of one prompt that a step takes together, 1 to `most`, so that the prompt costs no more than they do.
+
+    No more than that, for a response teaches a little less beside others of its prompt (measured: docs/log.md).
+    """
+    return max(1, min(most, math.ceil(prompt_tokens / response_tokens)))
+
+
+def handful_of(rows: Any) -> int:
+    """The same for a data set of rows, by their mean lengths."""
+    lengths = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in rows]
+    prompt_tokens, response_tokens = map(sum, zip(*lengths, strict=True))
+    return handful(prompt_tokens, response_tokens, max(Counter(rows["prompt_id"]).values()))
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,10 @@ class PackedTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupsAtRandom:
         rows: Any = train_dataset or self.train_dataset
-        return GroupsAtRandom(rows["prompt_id"], TOGETHER, self.args.seed)
+        together = handful_of(rows)
+        if self.is_world_process_zero():
+            log.info("train: a step takes %d responses of a prompt together", together)
+        return GroupsAtRandom(rows["prompt_id"], together, self.args.seed)
 
     def parts(self, rows: Sequence[Row]) -> list[list[int]]:
         """Row numbers by forward pass; as many passes on every device, for they may have to talk in each."""

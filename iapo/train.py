@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from iapo import objectives
@@ -76,6 +77,7 @@ def run(config: Config, manifest: Manifest) -> None:
         trainer.add_callback(_Report(stack))
         trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     final = trainer.evaluate()
+    weights = trained_weights(trainer.model)
     if not trainer.is_world_process_zero():
         return
     harm = final["eval_explained_variance"] < 0
@@ -90,7 +92,7 @@ def run(config: Config, manifest: Manifest) -> None:
             config.train.learning_rate,
         )
     adapter = config.run / "adapter"
-    policy.save_pretrained(adapter)
+    policy.save_pretrained(adapter, state_dict=weights)
     write_json(adapter / "log.json", [*trainer.state.log_history])
     manifest.finish(
         [adapter],
@@ -130,7 +132,12 @@ def spread(rows: list[Row], most: int) -> list[Row]:
 
 
 def add_adapter(base: Any, config: TrainConfig) -> Any:
-    """The base with a new LoRA adapter on every linear layer; it starts as the reference (B = 0) and has no dropout."""
+    """The base with a new LoRA adapter on every linear layer; it starts as the reference (B = 0). Neither drops out."""
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for part in (base.config, *base.modules()):
+        vars(part).update({name: 0.0 for name, value in vars(part).items() if "drop" in name and type(value) is float})
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_rank,
@@ -139,6 +146,12 @@ def add_adapter(base: Any, config: TrainConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, lora)
+
+
+def trained_weights(policy: Any) -> dict[str, Any]:
+    """What is trained, whole and on the CPU of the first process, however the model is sharded; all have to ask."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(policy, options=options)
 
 
 class PolicyTrainer(PackedTrainer):

@@ -1,8 +1,10 @@
-"""The GPU benchmark's code at toy size on the CPU, so that it runs when a GPU is there."""
+"""Benchmarks at toy size: the GPU's on the CPU, so that it runs when a GPU is there; and estimates, which must hold."""
 
 import importlib
 import json
 from pathlib import Path
+
+import pytest
 
 
 def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
@@ -14,4 +16,14 @@ def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
     assert result["exactness"]["float32_logprob"] < 1e-3 and result["exactness"]["float32_gradient"] < 1e-3
     measured = [case for case in result["cases"] if case["trainer"] == "iapo"]
     assert len(measured) == 4 and all(case["tokens_per_second"] > 0 for case in measured)
+    assert all(case["predicted_peak_bytes"] > 0 for case in measured)
     assert {case["cap_gb"] for case in measured} == {None, 12, 16, 24}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_benchmark_of_estimates_finds_what_was_predicted(monkeypatch, checkpointing):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    benchmark = importlib.import_module("benchmarks.estimate")
+    found = benchmark.measure("tiny", (40, 20, 4), checkpointing, 1)
+    assert found["predicted_bytes"] == pytest.approx(found["bytes"], rel=0.1)
+    assert found["seconds"] > 0 and found["predicted_seconds"] > 0

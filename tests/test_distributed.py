@@ -15,8 +15,11 @@ from iapo.config import load_config
 from iapo.pipeline import run_stage
 from iapo.store import read_manifest
 
+TRAIN = ("-m", "iapo.cli", "train")
+TRAIN_SHARDED = (str(Path(__file__).with_name("fsdp_on_cpu.py")),)
 
-def launch(path: Path) -> subprocess.CompletedProcess:
+
+def launch(path: Path, program: tuple[str, ...] = TRAIN) -> subprocess.CompletedProcess:
     """`iapo train` in two processes that talk through gloo.
 
     Started by torchrun, for `accelerate launch --cpu --num_processes 2` starts one.
@@ -26,9 +29,7 @@ def launch(path: Path) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
-    return subprocess.run(
-        [*command, "-m", "iapo.cli", "train", str(path)], capture_output=True, text=True, env=environment, timeout=300
-    )
+    return subprocess.run([*command, *program, str(path)], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_a_batch_that_the_processes_cannot_divide_is_refused(tiny_run, iapo):
@@ -44,7 +45,8 @@ def adapter_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_two_processes_give_the_weights_of_one(tiny_run, iapo):
+@pytest.mark.parametrize(("program", "tolerance"), [(TRAIN, 1e-5), (TRAIN_SHARDED, 3e-5)], ids=["ddp", "fsdp"])
+def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program, tolerance):
     """Every step is the same mean over 16 responses, however it is divided and packed."""
     settings = {"epochs": 0.5, "micro_batch_size": 2, "evaluations": 1}
     path = tiny_run(train={"batch_size": 16, "lora_rank": 4} | settings, model={"quantization": "none"})
@@ -56,14 +58,14 @@ def test_two_processes_give_the_weights_of_one(tiny_run, iapo):
     shutil.copytree(config.run, other["run"])
     path.with_name("two.yaml").write_text(yaml.safe_dump(other))
     assert iapo("train", path).code == 0
-    done = launch(path.with_name("two.yaml"))
+    done = launch(path.with_name("two.yaml"), program)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = adapter_weights(config.run), adapter_weights(Path(other["run"]))
     assert one.keys() == two.keys()
     start = [weight for name, weight in one.items() if "lora_B" in name]
     assert max(float(weight.abs().max()) for weight in start) > 1e-3  # they start at zero
-    for name, weight in one.items():
-        assert torch.allclose(weight, two[name], atol=1e-5), name
+    for name, weight in one.items():  # Adam makes much of rounding where a gradient is next to nothing
+        assert torch.allclose(weight, two[name], atol=tolerance), name
     records = [read_manifest(run, "train") for run in (config.run, Path(other["run"]))]
     held_out = [record["held_out"] for record in records if record]
     assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=1e-4)

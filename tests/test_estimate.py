@@ -1,25 +1,18 @@
-"""Estimates against models that are really loaded."""
+"""Estimates against models that are really loaded and steps that are really taken."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_settings
 from peft import get_peft_model_state_dict
-from transformers import LlamaForCausalLM
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaForCausalLM
 
-from iapo import packed_trainer, token_logprobs
-from iapo.config import ModelConfig, TrainConfig, make_config
+from iapo import objectives
+from iapo.config import ModelConfig, RewardConfig, TrainConfig, make_config
+from iapo.dry_run import at_full_depth, classifying_pass, sampling_step, scoring_pass, training_pass
 from iapo.errors import UserError
-from iapo.estimate import (
-    CARDS,
-    LOGITS,
-    TOGETHER,
-    activation_bytes,
-    adapter_bytes,
-    estimate,
-    model_shape,
-    weight_bytes,
-    workload,
-)
+from iapo.estimate import CARDS, adapter_parameters, estimate, make_model, weight_bytes, workload
 from iapo.logprobs import make_batch, response_logprobs, sharing_of
 from iapo.models import load_base
 from iapo.train import add_adapter
@@ -34,15 +27,16 @@ def wide_model(tmp_path_factory):
     return folder
 
 
-def test_parameters_are_counted_from_the_configuration_alone(wide_model):
-    shape = model_shape(ModelConfig(base=str(wide_model)))
-    model = LlamaForCausalLM.from_pretrained(wide_model)
-    assert shape.linear + shape.other == sum(p.numel() for p in model.parameters())
-    assert (shape.layers, shape.hidden, shape.kv_width, shape.vocabulary) == (2, 256, 128, 272)
+def allocated(step):
+    """The most bytes that torch allocated on the CPU at a time while `step` ran, beside what there was: exact."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return int(np.cumsum([change for _, change in changes]).max())
 
 
 def test_weights_take_the_bytes_that_the_quantized_model_takes(wide_model):
-    shape = model_shape(ModelConfig(base=str(wide_model)))
     model = load_base(ModelConfig(base=str(wide_model), dtype="bfloat16"))
     stored = model.get_memory_footprint()
     constants = sum(
@@ -51,51 +45,105 @@ def test_weights_take_the_bytes_that_the_quantized_model_takes(wide_model):
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None
         for tensor in (state.absmax, state.state2.absmax)
     )
-    assert weight_bytes(shape, "nf4") == pytest.approx(stored + constants, rel=0.02)
+    assert weight_bytes(make_model(ModelConfig(base=str(wide_model)))()) == pytest.approx(stored + constants, rel=0.02)
 
 
-def test_adapter_takes_four_float32_a_parameter(wide_model):
-    shape = model_shape(ModelConfig(base=str(wide_model)))
+def test_adapter_has_the_parameters_of_the_real_one(wide_model):
     policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), TrainConfig(lora_rank=4))
     parameters = sum(tensor.numel() for tensor in get_peft_model_state_dict(policy).values())
-    assert adapter_bytes(shape, 4) == 4 * 4 * parameters
+    assert adapter_parameters(make_model(ModelConfig(base=str(wide_model)))(), 4) == parameters
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_that_a_step_keeps(wide_model, checkpointing):
-    """Against what autograd saves, storage by storage, in float32; weights are not counted."""
-    policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), TrainConfig(lora_rank=4))
-    batch = make_batch([[5] * 60] * 4, [[6] * 41] * 4, 0, sharing_of(policy))
+@pytest.mark.parametrize(
+    ("prompt", "response", "count", "checkpointing", "quantization", "dtype"),
+    [
+        (60, 41, 4, False, "none", "float32"),
+        (60, 41, 4, True, "none", "float32"),
+        (5, 30, 12, False, "none", "float32"),
+        (200, 10, 3, True, "none", "bfloat16"),
+        (60, 41, 4, False, "nf4", "bfloat16"),
+        (60, 41, 4, True, "nf4", "bfloat16"),
+    ],
+)
+def test_memory_of_a_training_pass_is_what_is_allocated(
+    wide_model, prompt, response, count, checkpointing, quantization, dtype
+):
+    config = ModelConfig(base=str(wide_model), quantization=quantization, dtype=dtype)
+    policy = add_adapter(load_base(config), TrainConfig(lora_rank=4))
+    batch = make_batch([[5] * prompt] * count, [[6] * response] * count, 0, sharing_of(policy))
     if checkpointing:
-        policy.train().gradient_checkpointing_enable({"use_reentrant": False})
-    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
-    saved = {}
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.train()
+    autocast = dtype == "bfloat16"
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that no address is used again
-        return tensor
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = objectives.pointwise(response_logprobs(policy, batch), torch.zeros(count))
+        loss.backward()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        response_logprobs(policy, batch)
-    found = sum(size for size, _ in saved.values())
-    shape, tokens = model_shape(ModelConfig(base=str(wide_model))), batch.input_ids.shape[1]
-    expected = activation_bytes(shape, tokens, 4, checkpointing, 4)
-    if checkpointing:  # the layer that is done again comes later
-        expected -= activation_bytes(shape, tokens, 4, False, 4) / shape.layers
-    beside = 4 * (4 * 41 + tokens) * shape.hidden  # gradients by hidden state, and what enters the last norm
-    assert found == pytest.approx(expected + beside, rel=0.1)
+    step()  # the gradients are there from now on
+    found = training_pass(make_model(config)(), 4, [(prompt, response, count)], 10_000, checkpointing, autocast, "cpu")
+    assert found.peak == pytest.approx(allocated(step), rel=0.1)
 
 
-def test_constants_are_those_of_the_trainer():
-    """estimate imports no torch, so it has its own."""
-    assert 4 * token_logprobs.CHUNK["cuda"] == LOGITS and packed_trainer.TOGETHER == TOGETHER
+def test_memory_of_scoring_and_sampling_is_what_is_allocated(wide_model):
+    config = ModelConfig(base=str(wide_model), quantization="none", dtype="float32")
+    model = load_base(config)
+    batch = make_batch([[5] * 60] * 4, [[6] * 41] * 4, 0, sharing_of(model))
+    with torch.no_grad():
+        assert scoring_pass(make_model(config)(), [(60, 41, 4)], 10_000, "cpu").peak == pytest.approx(
+            allocated(lambda: response_logprobs(model, batch)), rel=0.1
+        )
+
+        def draw():
+            cache = model(input_ids=torch.full((2, 20), 5), use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(4)
+            for _ in range(30):
+                logits = model(input_ids=torch.full((8, 1), 6), past_key_values=cache).logits
+                torch.multinomial(torch.softmax(logits[:, -1].float(), -1), 1)
+
+        assert sampling_step(make_model(config)(), 20, 49, 2, 4).peak == pytest.approx(allocated(draw), rel=0.1)
+
+
+def test_depth_is_extended_from_two_shallow_models():
+    """Seven layers, of which every second one sees a window only, from three and five."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16}
+    settings |= {"num_key_value_heads": 1, "num_hidden_layers": 7, "sliding_window": 16}
+
+    def make():
+        kinds = (["sliding_attention", "full_attention"] * 4)[:7]
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **settings, layer_types=kinds))
+
+    for count in (
+        lambda model: training_pass(model, 2, [(5, 4, 3)], 100, True, True, "cuda"),
+        lambda model: sampling_step(model, 5, 9, 2, 2),
+    ):
+        whole, extended = count(make()), at_full_depth(make, count)
+        assert extended.peaks == pytest.approx(whole.peaks)
+        assert extended.kernels == pytest.approx(whole.kernels)
+
+
+def test_time_is_that_of_work_of_bytes_or_of_starts(wide_model):
+    """A forward pass of T tokens: two operations a weight and token, and attention's 4 · hidden a pair that sees."""
+    config = ModelConfig(base=str(wide_model), quantization="none", dtype="float32")
+    counted = scoring_pass(make_model(config)(), [(50, 31, 1)], 1000, "cpu")
+    linear = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
+    work = 2 * linear * 80 + 2 * 31 * 256 * 272 + 2 * 4 * 256 * (50 * 51 / 2 + 30 * 31 / 2 + 50 * 30)
+    assert counted.seconds(1.0, 1e30, 0.0) == pytest.approx(work, rel=1e-3)
+    assert counted.seconds(1e30, 1.0, 0.0) > 4 * (linear + 272 * 256)  # every weight is read
+    assert counted.seconds(1e30, 1e30, 1.0) == sum(counted.kernels.values())
+
+
+def test_memory_of_a_reward_model(tiny_reward):
+    config = RewardConfig(model=str(tiny_reward))
+    assert classifying_pass(make_model(config)(), 30, 8).peak > classifying_pass(make_model(config)(), 30, 4).peak > 0
 
 
 def test_workload_counts_distinct_prompts_up_to_the_limit(tmp_path, tiny_model):
     settings = tiny_settings(tmp_path / "run", tiny_model)
     assert workload(make_config(settings))[0] == 20
+    assert 8 <= workload(make_config(settings))[1] <= workload(make_config(settings))[2]
     settings["prompts"]["limit"] = 12
     assert workload(make_config(settings))[0] == 12
     settings["prompts"] |= {"source": "someone/dataset", "limit": None}
@@ -113,6 +161,13 @@ def test_memory_and_time_grow_as_they_must(tmp_path, wide_model):
     assert large["sample"].memory > small["sample"].memory
     assert large["train"].memory == small["train"].memory
     assert large["train"].seconds == pytest.approx(2 * small["train"].seconds)
+
+
+def test_an_architecture_whose_code_needs_data_is_refused(tmp_path):
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)
+    config.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UserError, match="bloom models cannot be estimated"):
+        estimate(make_config(tiny_settings(tmp_path / "run", tmp_path / "bloom")), CARDS["rtx-3060"])
 
 
 def test_card_that_is_not_known(iapo, tiny_run):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from iapo.config import TrainConfig, load_config
-from iapo.packed_trainer import GroupsAtRandom, Rows, split_until
+from iapo.packed_trainer import GroupsAtRandom, Rows, handful, handful_of, split_until
 from iapo.train import PolicyTrainer, add_adapter, token_budget, training_arguments
 
 
@@ -113,3 +113,21 @@ def test_split_until_by_hand():
 
 def test_a_forward_pass_takes_what_micro_batch_size_of_the_longest_rows_have():
     assert token_budget(TrainConfig(micro_batch_size=4), make_rows()) == 4 * max(row["length"] for row in make_rows())
+
+
+def test_a_prompt_costs_no_more_than_the_responses_that_share_it():
+    """By hand: the least number of responses with as many tokens as the prompt, from one to all."""
+    assert [handful(*lengths, 8) for lengths in ((32, 128), (128, 128), (129, 128), (512, 128), (2048, 128))] == [
+        *(1, 1, 2, 4),
+        8,
+    ]
+    rows = make_rows()  # four prompts of 3, 9, 1 and 5 tokens with four responses each
+    responses = sum(len(row["response_ids"]) for row in rows) / 16
+    assert handful_of(Dataset.from_list(rows)) == min(4, -int(-4.5 // responses))
+    long = [row | {"prompt_ids": [1] * 99} for row in rows]
+    assert handful_of(Dataset.from_list(long)) == 4
+
+
+def test_training_takes_handfuls_by_that_rule(make_trainer):
+    trainer = make_trainer(60)
+    assert trainer._get_train_sampler().together == handful_of(Dataset.from_list(make_rows()))

@@ -9,13 +9,13 @@ import torch
 from conftest import tiny_config, with_random_weights
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EvalPrediction, LlamaForCausalLM, PrinterCallback
+from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PrinterCallback
 
 from iapo.closed_form import solve
 from iapo.config import ObjectiveConfig, TrainConfig, load_config
 from iapo.errors import UserError
 from iapo.few_samples import rank_targets
-from iapo.logprobs import logprobs_of
+from iapo.logprobs import logprobs_of, make_batch, response_logprobs, sharing_of
 from iapo.models import load_base, load_tokenizer
 from iapo.pipeline import run_stage
 from iapo.store import read_manifest, read_table, write_table
@@ -272,6 +272,17 @@ def test_an_adapter_covers_every_linear_layer_without_dropout():
     names = {name.split(".")[-4] for name, p in policy.named_parameters() if "lora_A" in name}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all(not isinstance(module, torch.nn.Dropout) or module.p == 0 for module in policy.modules())
+
+
+def test_a_base_that_drops_out_does_so_no_more():
+    """GPT-2 does by default; in training mode, which gradient checkpointing needs, log-probs are still one number."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    assert config.resid_pdrop > 0
+    policy = add_adapter(GPT2LMHeadModel(config).eval(), TrainConfig(lora_rank=2))
+    batch = make_batch([[1, 2, 3]] * 2, [[4, 5], [6]], 0, sharing_of(policy))
+    expected = response_logprobs(policy, batch)
+    policy.train()
+    assert torch.allclose(response_logprobs(policy, batch), expected, atol=1e-5)
 
 
 def test_training_needs_rewards_that_differ_on_both_splits(calibrated, iapo):
