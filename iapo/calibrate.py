@@ -15,6 +15,7 @@ Writes  quantiles.parquet, one row a prompt
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -228,6 +229,13 @@ def _places(below: Counts, equal: Counts, others: Counts | int) -> Places:
     """Places of responses from how many of the others have a lower reward, and the same one."""
     total = others + 1
     return Places((below + equal / 2) / others, below / total, (below + equal + 1) / total)
+
+
+def held_out_prompts(config: Config) -> list[dict[str, Any]]:
+    """Rows of the held-out prompts that were sampled from, in the order of prompts.parquet."""
+    sampled = set(read_table(config.run / "quantiles.parquet")["prompt_id"].to_pylist())
+    rows = read_table(config.run / "prompts.parquet").to_pylist()
+    return [row for row in rows if row["split"] == "holdout" and row["prompt_id"] in sampled]
 
 
 def held_out_places(frame: pd.DataFrame, seed: int) -> Floats:

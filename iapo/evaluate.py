@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from iapo.calibrate import Floats, ks_distance, place, spread_ranks
+from iapo.calibrate import Floats, held_out_prompts, ks_distance, place, spread_ranks
 from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
@@ -96,13 +96,6 @@ def procedures(config: Config) -> list[tuple[Procedure, Procedure]]:
     opponent = parse_procedure(config.objective.opponent) if config.objective.opponent else objective
     others = [parse_procedure(text) for text in config.evaluate.procedures]
     return list(dict.fromkeys([(objective, opponent), *((other, other) for other in others)]))
-
-
-def held_out_prompts(config: Config) -> list[dict[str, Any]]:
-    """Rows of the held-out prompts that were sampled from, in the order of prompts.parquet."""
-    sampled = set(read_table(config.run / "quantiles.parquet")["prompt_id"].to_pylist())
-    rows = read_table(config.run / "prompts.parquet").to_pylist()
-    return [row for row in rows if row["split"] == "holdout" and row["prompt_id"] in sampled]
 
 
 def score(config: Config, prompts: list[dict[str, Any]], table: pd.DataFrame) -> tuple[dict[str, Floats], Floats]:

@@ -25,11 +25,11 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from iapo import objectives
+from iapo import kl_budget, objectives
 from iapo.config import Config, TrainConfig
 from iapo.errors import StageError, UserError
 from iapo.logprobs import response_logprobs
-from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids
+from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids, release
 from iapo.packed_trainer import PackedTrainer, Row
 from iapo.progress import console, progress
 from iapo.store import Manifest, read_table, write_json
@@ -94,6 +94,10 @@ def run(config: Config, manifest: Manifest) -> None:
     adapter = config.run / "adapter"
     policy.save_pretrained(adapter, state_dict=weights)
     write_json(adapter / "log.json", [*trainer.state.log_history])
+    revision = model_revision(policy)
+    del trainer, policy, weights
+    release()
+    scale = kl_budget.meet(config, adapter, form.kl)
     manifest.finish(
         [adapter],
         responses=len(training),
@@ -101,7 +105,8 @@ def run(config: Config, manifest: Manifest) -> None:
         does_harm=bool(harm),
         held_out={key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")},
         closed_form={"beta": form.beta, "kl": form.kl, "win_rate": form.win_rate},
-        model_revision=model_revision(policy),
+        scale=scale,
+        model_revision=revision,
     )
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,0 +1,69 @@
+import json
+
+import numpy as np
+import pytest
+
+from iapo.config import load_config
+from iapo.kl_budget import LARGEST, TOLERANCE, find_factor, kl_estimate
+from iapo.store import read_manifest
+
+
+def test_control_variate_is_unbiased_and_tighter() -> None:
+    """Δ ~ N(κ, 2κ) under the policy has E[e^−Δ] = 1, as log-ratios have, and KL κ."""
+    kl = 0.5
+    draws = np.random.default_rng(0).normal(kl, np.sqrt(2 * kl), (400, 96, 16))
+    estimates = np.array([kl_estimate(one) for one in draws])
+    assert abs(estimates[:, 0].mean() - kl) < 0.005  # of which three standard errors are 0.003
+    assert estimates[:, 0].std() < 0.8 * draws.mean(axis=(1, 2)).std()
+    assert estimates[:, 1].mean() == pytest.approx(estimates[:, 0].std(), rel=0.15)
+
+
+def test_a_policy_that_is_the_reference_has_no_kl() -> None:
+    assert kl_estimate(np.zeros((4, 8))) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("scale", "power"), [(0.1, 2.0), (4.0, 1.6), (0.02, 2.6)])
+def test_factor_is_found_in_few_tries(scale: float, power: float) -> None:
+    tries = []
+
+    def kl_of(factor: float) -> tuple[float, float]:
+        tries.append(factor)
+        return scale * factor**power, 0.01
+
+    found = find_factor(kl_of, 0.5)
+    assert found.kl == pytest.approx(0.5, rel=TOLERANCE)
+    assert found.factor == pytest.approx((0.5 / scale) ** (1 / power), rel=TOLERANCE)
+    assert found.kl_before == scale
+    assert len(tries) <= 4
+
+
+def test_an_adapter_that_learned_nothing_is_not_blown_up_without_bound() -> None:
+    found = find_factor(lambda factor: (1e-6 * factor**2, 1e-6), 0.5)
+    assert found.factor == LARGEST
+    assert found.kl < 1e-3
+
+
+@pytest.mark.parametrize("rate", [1e-3, 5e-2], ids=["too little KL", "too much"])
+def test_the_kl_that_was_asked_for_is_spent(tiny_run, letters_model, iapo, rate):
+    """Whatever the learning rate; `evaluate` measures it on samples of its own."""
+    changes = {"base": str(letters_model), "quantization": "none"}
+    path = tiny_run(
+        model=changes,
+        train={"epochs": 1, "learning_rate": rate},
+        objective={"target_kl": 0.2},
+        evaluate={"samples_per_prompt": 128},
+    )
+    stages = ("prompts", "sample", "score", "calibrate", "train", "evaluate")
+    assert [iapo(stage, path).code for stage in stages] == [0] * 6
+    run = load_config(path).run
+    record = read_manifest(run, "train")
+    assert record is not None
+    scale = record["scale"]
+    assert scale["kl"] == pytest.approx(0.2, rel=0.1)
+    assert (scale["kl_before"] < 0.15) if rate < 5e-3 else (scale["kl_before"] > 0.25)
+    trained = next(
+        one
+        for one in json.loads((run / "evaluation" / "metrics.json").read_text())["policies"]
+        if one["name"] == "trained"
+    )
+    assert trained["kl"] == pytest.approx(0.2, rel=0.1, abs=3 * trained["kl_se"])
