@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--out runs/quality] [--procedure "best_of(4)"] [--kls 0.25 0.5 1]
 
-A random transformer over nine tokens answers in at most three of them, 820 different responses in all; the reward is an
+A random transformer over nine tokens answers in at most three of them, 585 different responses in all; the reward is an
 arbitrary function of the response. Every transform is trained by `iapo train` for every KL on the same samples, and its
 policy is summed over all responses of every prompt. `closed form` is the most that any policy can win at that KL;
 `of the gain over identity`: (win rate − identity's closed form) / (closed form − identity's closed form) at that KL.

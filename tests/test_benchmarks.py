@@ -27,3 +27,16 @@ def test_the_benchmark_of_estimates_finds_what_was_predicted(monkeypatch, checkp
     found = benchmark.measure("tiny", (40, 20, 4), checkpointing, 1)
     assert found["predicted_bytes"] == pytest.approx(found["bytes"], rel=0.1)
     assert found["seconds"] > 0 and found["predicted_seconds"] > 0
+
+
+def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
+    """Exact figures at toy size: it asserts that its responses are all there are, and no policy beats the optimum."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    benchmark = importlib.import_module("benchmarks.quality")
+    arguments = ["--out", str(tmp_path / "out"), "--transforms", "optimal", "--kls", "0.3", "--samples", "64"]
+    (found,) = benchmark.main([*arguments, "--epochs", "4"])
+    assert len(benchmark.responses()) == 1 + 8 + 64 + 512
+    for split in ("train", "holdout"):
+        assert 0.5 < found[split]["win_rate"] < found[split]["closed_form"]
+    assert found["holdout"]["kl"] == pytest.approx(0.3, rel=0.15)
