@@ -51,7 +51,7 @@ def kl_estimate(log_ratios: Floats) -> tuple[float, float]:
 
     E_π[e^−Δ] = 1 exactly, so e^−Δ − 1 is a control variate of Δ with a known mean; its coefficient is fitted.
     """
-    known = np.exp(-log_ratios) - 1
+    known = np.exp(np.minimum(-log_ratios, 100.0)) - 1  # so that no broken policy makes it infinite
     spread = known.var()
     coefficient = np.mean((log_ratios - log_ratios.mean()) * known) / spread if spread > 0 else 0.0
     by_prompt = (log_ratios - coefficient * known).mean(axis=1)
