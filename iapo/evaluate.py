@@ -218,26 +218,13 @@ def _measure(config: RewardConfig, prompts: dict[str, dict[str, Any]]) -> Any:
 
 
 def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
-    from iapo.engines.transformers import open_engine
-    from iapo.logprobs import logprobs_of
-    from iapo.models import context_length, end_token_ids, load_policy, load_tokenizer, prompt_token_ids
+    from iapo.engines.transformers import configured_engine
+    from iapo.logprobs import log_ratios_of
+    from iapo.models import context_length, load_policy, load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(config.model)
     model = load_policy(config.model, adapter)
-    engine = open_engine(
-        model,
-        end_ids=end_token_ids(model, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=config.sample.max_new_tokens,
-        temperature=config.sample.temperature,
-        batch_size=config.sample.batch_size,
-    )
-    measure = partial(
-        logprobs_of,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=config.train.micro_batch_size,
-        temperature=config.sample.temperature,
-    )
+    engine = configured_engine(model, tokenizer, config.sample)
     shards = prompt_shards(held_out_prompts(config), config.sample.shard_size)
 
     def make(name: str) -> pa.Table:
@@ -249,10 +236,14 @@ def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
         if adapter is None:
             ratios = [0.0] * len(rows)
         else:
-            own = measure(model, prompts, responses)
-            with model.disable_adapter():
-                reference = measure(model, prompts, responses)
-            ratios = [one - other for one, other in zip(own, reference, strict=True)]
+            ratios = log_ratios_of(
+                model,
+                prompts,
+                responses,
+                pad_id=tokenizer.pad_token_id,
+                batch_size=config.train.micro_batch_size,
+                temperature=config.sample.temperature,
+            )
         made = [
             row | {"n_tokens": len(row["token_ids"]), "log_ratio": ratio}
             for row, ratio in zip(rows, ratios, strict=True)

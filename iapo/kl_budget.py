@@ -8,7 +8,6 @@ policy's own samples for held-out prompts: by KL, not by reward, so that evaluat
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 
 from iapo.calibrate import held_out_prompts
 from iapo.config import Config
-from iapo.engines.transformers import open_engine
-from iapo.logprobs import logprobs_of
-from iapo.models import context_length, end_token_ids, load_policy, load_tokenizer, prompt_token_ids
+from iapo.engines.transformers import configured_engine
+from iapo.logprobs import log_ratios_of
+from iapo.models import context_length, load_policy, load_tokenizer, prompt_token_ids
 from iapo.sample import fits
 from iapo.shards import shard_seed
 
@@ -127,28 +126,18 @@ def _sampler(config: Config, policy: Any) -> Callable[[], Floats]:
     tokens = [tokens[int(i)] for i in np.linspace(0, len(tokens) - 1, min(len(tokens), RESPONSES // 2))]
     samples = -(-RESPONSES // len(tokens))
     prompts = [ids for ids in tokens for _ in range(samples)]
-    engine = open_engine(
-        policy,
-        end_ids=end_token_ids(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        max_new_tokens=config.sample.max_new_tokens,
-        temperature=config.sample.temperature,
-        batch_size=config.sample.batch_size,
-    )
-    measure = partial(
-        logprobs_of,
-        policy,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=config.train.micro_batch_size,
-        temperature=config.sample.temperature,
-    )
+    engine = configured_engine(policy, tokenizer, config.sample)
 
     def log_ratios() -> Floats:
         drawn = engine(tokens, samples, shard_seed(config.seed, "kl_budget"))
-        responses = [response.token_ids for group in drawn for response in group]
-        own = measure(prompts, responses)
-        with policy.disable_adapter():
-            reference = measure(prompts, responses)
-        return np.subtract(own, reference).reshape(len(tokens), samples)
+        ratios = log_ratios_of(
+            policy,
+            prompts,
+            [response.token_ids for group in drawn for response in group],
+            pad_id=tokenizer.pad_token_id,
+            batch_size=config.train.micro_batch_size,
+            temperature=config.sample.temperature,
+        )
+        return np.reshape(ratios, (len(tokens), samples))
 
     return log_ratios

@@ -187,6 +187,19 @@ def logprobs_of(
     return values
 
 
+def log_ratios_of(
+    policy: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], **arguments: Any
+) -> list[float]:
+    """Δ of many responses in their order, in nats, from a PEFT model and itself with its adapter off.
+
+    arguments: those of `logprobs_of`.
+    """
+    own = logprobs_of(policy, prompts, responses, **arguments)
+    with policy.disable_adapter():
+        reference = logprobs_of(policy, prompts, responses, **arguments)
+    return [one - other for one, other in zip(own, reference, strict=True)]
+
+
 def sharing_of(model: Any) -> Sharing:
     """Make a causal language model (or PEFT's wrapper of one) score responses, and find out what it can share.
 

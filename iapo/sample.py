@@ -123,17 +123,10 @@ def _open_engine(config: Config, tokenizer: Any) -> tuple[Engine, int]:
             return vllm.open_engine(config)
         case _:
             from iapo.engines import transformers
-            from iapo.models import context_length, end_token_ids, load_base
+            from iapo.models import context_length, load_base
 
             model = load_base(config.model)
-            engine = transformers.open_engine(
-                model,
-                end_ids=end_token_ids(model, tokenizer),
-                pad_id=tokenizer.pad_token_id,
-                max_new_tokens=config.sample.max_new_tokens,
-                temperature=config.sample.temperature,
-                batch_size=config.sample.batch_size,
-            )
+            engine = transformers.configured_engine(model, tokenizer, config.sample)
             return engine, context_length(model)
 
 

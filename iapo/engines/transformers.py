@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from iapo.config import SampleConfig
 from iapo.engines import Engine, Response
+from iapo.models import end_token_ids
 
 SHRINK_BELOW = 0.75
 """Finished rows leave the batch when fewer than this share of its rows still run (measured: docs/log.md)."""
@@ -45,6 +47,18 @@ def open_engine(
         return responses
 
     return draw
+
+
+def configured_engine(model: Any, tokenizer: Any, config: SampleConfig) -> Engine:
+    """The engine over a loaded model, as the `sample` section has it."""
+    return open_engine(
+        model,
+        end_ids=end_token_ids(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+    )
 
 
 @torch.inference_mode()
