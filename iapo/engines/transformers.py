@@ -7,6 +7,7 @@ import torch
 
 from iapo.config import SampleConfig
 from iapo.engines import Engine, Response
+from iapo.engines.cache import with_room
 from iapo.models import end_token_ids
 
 SHRINK_BELOW = 0.75
@@ -86,6 +87,7 @@ def sample_batch(
     output = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(samples)
+    cache = with_room(cache)
     logits = output.logits[:, -1].repeat_interleave(samples, dim=0)
     mask = mask.repeat_interleave(samples, dim=0)
     position = lengths.repeat_interleave(samples)[:, None]
