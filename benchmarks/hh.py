@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +29,31 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.hh_rewards import WEIGHTS_VARIABLE, features  # noqa: E402
+from benchmarks.small_models import (  # noqa: E402
+    CONTEXT,
+    batches,
+    dialogue_ids,
+    fit,
+    once,
+    padded,
+    save,
+    train_llama,
+    train_tokenizer,
+)
 from iapo.config import Config, PromptsConfig, make_config  # noqa: E402
 from iapo.pipeline import STAGES, run_all  # noqa: E402
 from iapo.prompts import Exchange, read_exchanges, unique  # noqa: E402
 from iapo.store import read_manifest, write_json  # noqa: E402
 
-CONTEXT = 128
-VOCABULARY = 2048
-PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SHAPE = {"hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 512, "num_attention_heads": 3}
 HELD_OUT_PAIRS = 256
 SHARED = ("prompts", "sample", "score", "calibrate", "ref_logprobs")
 """Stages that do not depend on the procedure."""
-
-Batches = Iterator[list[Any]]
 
 
 # --- The data set ---------------------------------------------------------------------------------------------------
@@ -75,115 +67,12 @@ def read_pairs(path: Path, seed: int) -> tuple[list[Exchange], list[Exchange]]:
     return pairs[HELD_OUT_PAIRS:], pairs[:HELD_OUT_PAIRS]
 
 
-def train_tokenizer(pairs: Sequence[Exchange]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a chat template."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, END, USER, ASSISTANT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    turns = (turn["content"] for pair in pairs for turn in pair.prompt)
-    bpe.train_from_iterator([*turns, *(text for pair in pairs for text in pair.responses)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE
-    )
-
-
-def dialogue_ids(tokenizer: Any, pair: Exchange, response: str) -> list[int]:
-    """Token ids of a whole dialogue."""
-    messages = [*pair.prompt, {"role": "assistant", "content": response}]
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-
-
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-def padded(rows: Sequence[list[int]], pad: int) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-
-
-def batches(items: list[Any], size: int, epochs: int, seed: int, length: Any) -> Batches:
-    """Batches of items of similar length, in random order, anew each epoch."""
-    rng = random.Random(seed)
-    for _ in range(epochs):
-        pool = sorted(items, key=lambda item: length(item) + rng.random() * 8)
-        made = [pool[start : start + size] for start in range(0, len(pool), size)]
-        rng.shuffle(made)
-        yield from made
-
-
-def fit(model: torch.nn.Module, losses: Iterator[torch.Tensor], steps: int, rate: float, label: str) -> None:
-    """AdamW with warm-up and a cosine to zero; the loss is computed as it is asked for."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    model.train()
-    start, average = time.perf_counter(), 0.0
-    for step, loss in enumerate(losses, start=1):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average += (loss.item() - average) / min(step, 50)
-        if step % max(1, steps // 10) == 0:
-            seconds = time.perf_counter() - start
-            print(f"  {label}: step {step}/{steps}, loss {average:.3f}, {seconds:.0f} s", flush=True)
-    model.eval()
-
-
-def language_loss(model: Any, rows: Sequence[list[int]], pad: int) -> torch.Tensor:
-    """Mean negative log-likelihood of all tokens but the first; a causal model needs no mask for padding at the end."""
-    ids = padded(rows, pad)
-    wanted = ids[:, 1:] != pad
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):  # twice as fast where the processor has it
-        logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[:, :-1][wanted])
-    return F.cross_entropy(logits.float(), ids[:, 1:][wanted])
-
-
-def train_reference(
-    tokenizer: Any, pairs: list[Exchange], held_out: list[Exchange], epochs: int
-) -> tuple[LlamaForCausalLM, dict[str, float]]:
-    """A small Llama on the dialogues, chosen and rejected, each cut at the context length."""
-    pad = tokenizer.pad_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        **SHAPE,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
-    rows = [dialogue_ids(tokenizer, pair, text)[:CONTEXT] for pair in pairs for text in pair.responses[:2]]
-    steps = epochs * math.ceil(len(rows) / 16)
-    stream = batches(rows, 16, epochs, 0, len)
-    start = time.perf_counter()
-    fit(model, (language_loss(model, batch, pad) for batch in stream), steps, 2e-3, "reference")
-    seconds = time.perf_counter() - start
-    unseen = [dialogue_ids(tokenizer, pair, text)[:CONTEXT] for pair in held_out for text in pair.responses[:2]]
-    with torch.inference_mode():
-        losses = [
-            (language_loss(model, unseen[i : i + 32], pad).item(), sum(map(len, unseen[i : i + 32])))
-            for i in range(0, len(unseen), 32)
-        ]
-    loss = sum(value * count for value, count in losses) / sum(count for _, count in losses)
-    tokens = epochs * sum(map(len, rows))
-    return model, {
-        "parameters": model.num_parameters(),
-        "tokens": tokens,
-        "seconds": seconds,
-        "held_out_perplexity": math.exp(loss),
-    }
+def dialogues(tokenizer: Any, pairs: Sequence[Exchange]) -> list[list[list[int]]]:
+    """Token ids of the chosen and the rejected dialogue of every pair."""
+    return [[dialogue_ids(tokenizer, pair.prompt, text) for text in pair.responses[:2]] for pair in pairs]
 
 
 def score(model: Any, rows: Sequence[list[int]], pad: int) -> torch.Tensor:
@@ -202,23 +91,22 @@ def train_reward(
     model = LlamaForSequenceClassification(config)
     model.model.load_state_dict(reference.model.state_dict())
 
-    def rows(some: Sequence[Exchange]) -> list[list[list[int]]]:
-        return [[dialogue_ids(tokenizer, pair, text) for text in pair.responses[:2]] for pair in some]
-
     def margins(some: list[list[list[int]]]) -> torch.Tensor:
         rewards = score(model, [row for pair in some for row in pair], pad).view(-1, 2)
         return rewards[:, 0] - rewards[:, 1]
 
     def losses() -> Iterator[torch.Tensor]:
-        for batch in batches(rows(pairs), 16, epochs, 1, lambda pair: max(map(len, pair))):
+        for batch in batches(dialogues(tokenizer, pairs), 16, epochs, 1, lambda pair: max(map(len, pair))):
             yield -F.logsigmoid(margins(batch)).mean()
 
     start = time.perf_counter()
     fit(model, losses(), epochs * math.ceil(len(pairs) / 16), 3e-4, "reward")
     seconds = time.perf_counter() - start
     with torch.inference_mode():
-        unseen = torch.cat([margins(rows(held_out[i : i + 16])) for i in range(0, len(held_out), 16)]).numpy()
-        seen = torch.cat([margins(rows(pairs[i : i + 16])) for i in range(0, HELD_OUT_PAIRS, 16)]).numpy()
+        unseen, seen = (
+            torch.cat([margins(rows[i : i + 16]) for i in range(0, len(rows), 16)]).numpy()
+            for rows in (dialogues(tokenizer, held_out), dialogues(tokenizer, pairs[:HELD_OUT_PAIRS]))
+        )
     return model, {"held_out_accuracy": accuracy(unseen), "training_accuracy": accuracy(seen), "seconds": seconds}
 
 
@@ -271,8 +159,12 @@ def train_models(
     pairs, held_out = read_pairs(path, seed=0)
 
     def reference() -> dict[str, float]:
-        tokenizer = train_tokenizer(pairs)
-        model, about = train_reference(tokenizer, pairs, held_out, reference_epochs)
+        turns = (turn["content"] for pair in pairs for turn in pair.prompt)
+        tokenizer = train_tokenizer([*turns, *(text for pair in pairs for text in pair.responses)])
+        rows, unseen = (
+            [row[:CONTEXT] for pair in dialogues(tokenizer, some) for row in pair] for some in (pairs, held_out)
+        )
+        model, about = train_llama(tokenizer, rows, unseen, reference_epochs)
         save(model, tokenizer, out / "reference")
         return about
 
@@ -290,20 +182,6 @@ def train_models(
 
     makers = {"model": [reward], "bigrams": [bigrams], "best": [reward, bigrams]}[kind]
     return {make.__name__: once(out / f"{make.__name__}.report.json", make) for make in (reference, *makers)}
-
-
-def once(report: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Make something and store what there is to say about it, last; or read that, where it was made before."""
-    if not report.is_file():
-        set_seed(0)
-        write_json(report, make())
-    return json.loads(report.read_text())
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A model with its tokenizer, as transformers loads it."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # --- The runs -------------------------------------------------------------------------------------------------------

@@ -10,17 +10,21 @@ R_j of the reference and F_j of the policy, ties counting one half,
 With a binary verifier best_of(n) is pass@n.
 """
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 
-from iapo.closed_form import ClosedForm
+from iapo.closed_form import ClosedForm, optimal_win_rate, solve
 from iapo.errors import UserError
-from iapo.procedures import Pairing, has_functional, pairings
+from iapo.procedures import Pairing, Procedure, has_functional, pairings
 from iapo.transforms import Optimal
 
 Floats = NDArray[np.float64]
 _SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
 _HALVINGS = 60
+_NEGLIGIBLE = 1e-6  # of the win rate
 _GOLDEN, _GOLDEN_STEPS = (5**0.5 - 1) / 2, 25
 
 
@@ -40,6 +44,15 @@ def tie_pattern(rewards: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64
     levels = rank.max(initial=0) + 1
     cell = rank + levels * np.arange(len(rank))[:, None]
     return np.bincount(cell.ravel(), minlength=levels * len(rank)).reshape(len(rank), levels), level
+
+
+def mostly_tied(prompt: ArrayLike, tied: ArrayLike) -> NDArray[np.bool_]:
+    """Whether (8) rather than (5) is for a prompt: whether most of its reference samples have a reward that recurs.
+
+    prompt, tied: of each reference sample [N], the number of its prompt and whether its reward recurs there. [prompts].
+    """
+    prompt = np.asarray(prompt)
+    return 2 * np.bincount(prompt, np.asarray(tied, float)) > np.bincount(prompt)
 
 
 def atom_log_density(masses: ArrayLike, form: ClosedForm) -> Floats:
@@ -85,6 +98,47 @@ def atom_kl(masses: ArrayLike, log_f: ArrayLike) -> Floats:
     """KL = sum of p_j f_j log f_j, in nats: shapes as in `atom_win_rate`."""
     masses, log_f = np.asarray(masses, float), np.asarray(log_f, float)
     return np.sum(masses / masses.sum(axis=1, keepdims=True) * np.exp(log_f) * log_f, axis=1)
+
+
+def most_win_rate(masses: ArrayLike, untied: int, procedure: Procedure, opponent: Procedure, kl: float) -> float:
+    """The largest mean win rate over prompts of any policy of this mean KL (nats); at 0 or less, the reference's.
+
+    masses: (prompts, atoms) of the prompts to which (8) applies, as in `atom_log_density`; untied: how many others
+    there are, each of which has the closed form. All have one beta, for no other division of the KL among prompts wins
+    more. Where W is not concave no beta may give this KL; then it is the value between the two optima of one beta,
+    a bound on all policies. More KL than it takes to be always at the top wins no more. Not for functionals of F.
+    Raises UserError where the closed form cannot be solved.
+    """
+    rows, inverse = np.unique(np.asarray(masses, float), axis=0, return_inverse=True)
+    rows = rows / rows.sum(axis=1, keepdims=True)
+    share = np.bincount(inverse.ravel(), minlength=len(rows)) / (inverse.size + untied)
+    pairs = pairings(procedure, opponent)
+    continuous = untied / (inverse.size + untied)
+
+    def total(log_f: Floats) -> tuple[float, float]:
+        return float(share @ atom_win_rate(rows, log_f, pairs)), float(share @ atom_kl(rows, log_f))
+
+    @cache
+    def optimum(log_beta: float) -> tuple[float, float]:
+        win_rate, spent = total(_optimum(rows, pairs, np.exp(log_beta)))
+        if untied:
+            form = solve(procedure, opponent, beta=float(np.exp(log_beta)))
+            win_rate, spent = win_rate + continuous * form.win_rate, spent + continuous * form.kl
+        return win_rate, spent
+
+    if kl <= 0:
+        return total(np.zeros(rows.shape))[0] + continuous * optimal_win_rate(procedure, opponent, 0)
+    high = low = 0.0
+    while optimum(high)[1] > kl:
+        high += 1
+    while optimum(low)[1] < kl and np.exp(low) * kl > _NEGLIGIBLE:
+        low -= 1
+    if not optimum(low)[1] > kl > optimum(high)[1]:
+        return optimum(low)[0]
+    log_beta = brentq(lambda log_beta: optimum(log_beta)[1] - kl, low, high, xtol=1e-6)
+    win_rate, spent = optimum(log_beta)
+    bound = win_rate + float(np.exp(log_beta)) * (kl - spent)  # no W - beta KL is larger than that at the optimum
+    return min(bound, 1.0)
 
 
 def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:

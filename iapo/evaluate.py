@@ -23,12 +23,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from iapo.atoms import most_win_rate, mostly_tied
 from iapo.calibrate import Floats, held_out_prompts, ks_distance, place, spread_ranks
 from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
 from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
-from iapo.procedures import Procedure, pairings, parse_procedure
+from iapo.procedures import Procedure, has_functional, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
 from iapo.score import open_reward
 from iapo.shards import Worker, run_shards, shard_seed
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 BASE, TRAINED = "base", "trained"
 HIGHEST_KL = 10.0
 """The closed form is solved up to this many nats; by then its win rate is within 1e-4 of what any KL allows."""
+NO_TIES = (np.zeros((0, 1)), 1)
+"""`tied_levels` of prompts whose rewards are all distinct."""
 PARTS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -128,12 +131,14 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
 
     `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
     the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
-    closed_form_win_rate (the optimum of equation (4) at the measured KL), kl_efficiency = (win_rate − W₀) /
-    (closed_form_win_rate − W₀) with W₀ the win rate of the reference (½ if the opponent has the same procedure). Both
-    are null where the KL is not above its error or the closed form cannot be solved at it. `uniformity`: KS distance of
+    reference_win_rate (W₀: ½ if the opponent has the same procedure), closed_form_win_rate (the optimum at the measured
+    KL, of equation (4), or of (8) on prompts where most reference samples tie), kl_efficiency = (win_rate − W₀) /
+    (closed_form_win_rate − W₀). Both are null where the KL is not above its error or the closed form cannot be solved
+    at it, and the latter where nothing can be won: all rewards of all prompts are equal. `uniformity`: KS distance of
     fresh base samples from the uniform distribution that calibration promises.
     """
     records = []
+    ties = tied_levels([reference[name] for name in table["prompt_id"].unique()])
     for policy, rows in table.groupby("policy", sort=False):
         ratios = rows.groupby("prompt_id")["log_ratio"].mean().to_numpy()
         kl = mean_over_prompts(ratios, config.seed)
@@ -148,16 +153,19 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 "kl_se": kl.se,
             }
             win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
-            optimum = closed_form_win_rate(procedure, opponent, kl.value) if has_moved(kl.value, kl.se) else None
-            start = optimal_win_rate(procedure, opponent, 0)
+            start = best_win_rate(procedure, opponent, 0, ties)
+            moved = has_moved(kl.value, kl.se)
+            optimum = closed_form_win_rate(procedure, opponent, kl.value, ties) if moved else None
+            gain = 0.0 if optimum is None else optimum - start
             records.append(
                 record
                 | {
                     "win_rate": win.value,
                     "win_rate_low": win.low,
                     "win_rate_high": win.high,
+                    "reference_win_rate": start,
                     "closed_form_win_rate": optimum,
-                    "kl_efficiency": None if optimum is None else (win.value - start) / (optimum - start),
+                    "kl_efficiency": (win.value - start) / gain if gain > 1e-9 else None,
                 }
             )
     return {"policies": records, "uniformity": {"base_ks_distance": base_ks_distance(table, reference, config.seed)}}
@@ -168,10 +176,38 @@ def has_moved(kl: float, se: float) -> bool:
     return kl > max(2 * se, 1e-4)
 
 
-def closed_form_win_rate(procedure: Procedure, opponent: Procedure, kl: float) -> float | None:
+def tied_levels(reference: list[Floats]) -> tuple[Floats, int]:
+    """What the optimum has to know of each prompt's reference rewards: where most tie, the counts at their levels.
+
+    Returns these, (prompts, levels) in increasing order of reward and padded with zeros, and how many prompts are left.
+    """
+    counts = [np.unique(rewards, return_counts=True)[1] for rewards in reference]
+    prompt = np.repeat(np.arange(len(counts)), [count.sum() for count in counts])
+    tied = mostly_tied(prompt, np.concatenate([np.repeat(count > 1, count) for count in counts]))
+    found = [count for count, is_tied in zip(counts, tied, strict=True) if is_tied]
+    levels = np.zeros((len(found), max(map(len, found), default=1)))
+    for row, count in zip(levels, found, strict=True):
+        row[: len(count)] = count
+    return levels, len(counts) - len(found)
+
+
+def best_win_rate(procedure: Procedure, opponent: Procedure, kl: float, ties: tuple[Floats, int]) -> float:
+    """The largest win rate of any policy at this KL on prompts with these `tied_levels`; at 0, the reference's.
+
+    Functionals of F, to which (8) does not apply, have that of equation (4), as if nothing tied.
+    """
+    levels, untied = ties
+    if not len(levels) or has_functional(pairings(procedure, opponent)):
+        return optimal_win_rate(procedure, opponent, kl)
+    return most_win_rate(levels, untied, procedure, opponent, kl)
+
+
+def closed_form_win_rate(
+    procedure: Procedure, opponent: Procedure, kl: float, ties: tuple[Floats, int] = NO_TIES
+) -> float | None:
     """The largest win rate possible at a measured KL; None, with a warning, where the closed form cannot be solved."""
     try:
-        return optimal_win_rate(procedure, opponent, min(kl, HIGHEST_KL))
+        return best_win_rate(procedure, opponent, min(kl, HIGHEST_KL), ties)
     except UserError as error:
         log.warning("%s at the measured KL of %.4g nats: no closed form to compare with: %s", procedure, kl, error)
         return None

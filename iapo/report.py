@@ -162,7 +162,7 @@ def warnings(results: Results) -> list[str]:
             f"{number(held_out['loss_of_zero'])}, that of log-ratio 0. Lower train.learning_rate "
             f"({results.config.train.learning_rate:g}) or give more responses."
         )
-    untrained = optimal_win_rate(*deployed(results.config), 0)
+    untrained = trained["reference_win_rate"]
     if trained["win_rate_low"] <= untrained:
         found.append(
             f"The interval of the win rate under {trained['procedure']} is not clear of {percent(untrained)}, where "
@@ -176,7 +176,7 @@ def warnings(results: Results) -> list[str]:
             found.append(
                 f"Calibrated rewards of {of_what} are {distance:.3f} away from uniform (KS distance; above {BAD_KS:g} "
                 "is bad). Ties do this, and so do very few held-out prompts. The closed form and KL efficiency do not "
-                "hold for such rewards."
+                "hold for such rewards, except that the latter does where most samples of a prompt tie."
             )
     if equal := calibrate["prompts_of_equal_rewards"]:
         found.append(f"{equal:,} prompts have equal rewards throughout: they teach nothing, and training dropped them.")

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from iapo.atoms import atom_log_density
+from iapo.atoms import atom_log_density, mostly_tied
 from iapo.closed_form import ClosedForm, solve
 from iapo.config import Config, ObjectiveConfig
 from iapo.few_samples import interval_targets
@@ -65,8 +65,7 @@ def log_density_targets(frame: pd.DataFrame, form: ClosedForm) -> npt.NDArray[np
     key = prompt * (samples.max(initial=0) + 1) + below
     atoms, sizes = np.unique(key[~given], return_counts=True)
     owner = atoms // (samples.max(initial=0) + 1)
-    reference = np.bincount(prompt[~given])
-    discrete = 2 * np.bincount(prompt[~given], width[~given] > 1) > reference
+    discrete = mostly_tied(prompt[~given], width[~given] > 1)
     atoms, sizes, owner = (part[discrete[owner]] for part in (atoms, sizes, owner))
     if not len(atoms):
         return values

@@ -28,7 +28,7 @@ from iapo.store import read_table
 
 KEYS = {
     *("name", "procedure", "opponent", "prompts", "samples_per_prompt", "kl", "kl_se"),
-    *("win_rate", "win_rate_low", "win_rate_high", "closed_form_win_rate", "kl_efficiency"),
+    *("win_rate", "win_rate_low", "win_rate_high", "reference_win_rate", "closed_form_win_rate", "kl_efficiency"),
 }
 
 
@@ -77,6 +77,25 @@ def test_metrics_by_hand(config):
         assert trained["win_rate_low"] == pytest.approx(0.5) and trained["win_rate_high"] == pytest.approx(1)
         gain = trained["closed_form_win_rate"] - 0.5
         assert 0 < gain < 0.5 and trained["kl_efficiency"] == pytest.approx(0.25 / gain)
+
+
+def test_metrics_of_a_verifier_are_against_the_optimum_of_its_levels(config):
+    """Pass rates 0.2 and 1 under best_of(4): 0.207235 nats on the first as in test_atoms, none on the other."""
+    reference = {"a": np.array([0.0, 0, 0, 0, 1]), "b": np.ones(5)}
+    ratios = {"a": 0.1, "b": 0.107235}
+    made = table({(policy, prompt): [1.0] * 5 for policy in ("base", "trained") for prompt in "ab"}, ratios)
+    trained = next(r for r in metrics(config, made, reference)["policies"] if r["procedure"] == "best_of(4)")
+    win_rate = (0.2 + 0.8 / 2 + 0.5) / 2  # 4 of 5 without replacement have the one that passes 4 times of 5
+    assert trained["win_rate"] == pytest.approx(win_rate) and trained["reference_win_rate"] == pytest.approx(0.5)
+    assert trained["closed_form_win_rate"] == pytest.approx((0.670528 + 0.5) / 2, abs=2e-6)
+    assert trained["kl_efficiency"] == pytest.approx((win_rate - 0.5) / 0.085264, abs=1e-4)
+
+
+def test_nothing_to_win_has_no_efficiency(config):
+    made = table({(policy, "a"): [1.0] * 4 for policy in ("base", "trained")}, {"a": 0.5})
+    made = pd.concat([made, made.assign(prompt_id="b", log_ratio=0.6)])
+    for record in metrics(config, made, dict.fromkeys("ab", np.ones(4)))["policies"]:
+        assert record["closed_form_win_rate"] == pytest.approx(0.5) and record["kl_efficiency"] is None
 
 
 def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
