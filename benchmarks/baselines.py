@@ -1,7 +1,7 @@
 """TRL's DPO, IPO and KTO on the samples of a run of iapo: best and worst of every few, as token ids.
 
 Adapter, learning rate, epochs, responses a step and seed are those of the run, the reference's log-probabilities the
-run's own. Needs the extra `bench`.
+run's own. Training needs the extra `bench`.
 """
 
 import random
@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from iapo.config import Config
 from iapo.logprobs import logprobs_of
@@ -78,6 +77,8 @@ def _dpo(
     policy: Any, chosen: list[tuple[Row, Row]], settings: dict[str, Any], config: Config, pad_id: int, loss: Any
 ) -> Any:
     """A forward pass takes as many pairs as half of micro_batch_size."""
+    from trl import DPOConfig, DPOTrainer
+
     together = config.train.micro_batch_size // 2
     arguments = DPOConfig(
         loss_type=[loss],
@@ -108,6 +109,8 @@ def _kto(
     policy: Any, chosen: list[tuple[Row, Row]], settings: dict[str, Any], config: Config, pad_id: int, _: Any
 ) -> Any:
     """The best are desirable and the worst are not; KL from each prompt with the response before it, as TRL does it."""
+    from trl import KTOConfig, KTOTrainer
+
     together = config.train.micro_batch_size
     arguments = KTOConfig(
         per_device_train_batch_size=together,

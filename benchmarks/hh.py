@@ -216,6 +216,17 @@ def run_config(path: Path, run: Path, procedure: str, args: argparse.Namespace, 
     return make_config(common | sections, "benchmarks/hh.py")
 
 
+def sections(path: Path, out: Path) -> dict[str, Any]:
+    """Model, prompts, responses and reward for benchmarks/quality.py, with the bigram reward; made where missing."""
+    made = train_models(path.resolve(), out, 2, 1, "bigrams")
+    return {
+        "model": {"base": str(out / "reference")},
+        "prompts": {"source": str(path.resolve())},
+        "sample": {"max_new_tokens": 16},
+        "reward": choose_reward(made, out),
+    }
+
+
 class Stopwatch:
     """Seconds of each stage, from the announcements of the pipeline; a stage that was done already has none."""
 

@@ -34,9 +34,22 @@ def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     benchmark = importlib.import_module("benchmarks.quality")
-    arguments = ["--out", str(tmp_path / "out"), "--transforms", "optimal", "--kls", "0.3", "--samples", "64"]
-    (found,) = benchmark.main([*arguments, "--epochs", "4"])
-    assert len(benchmark.responses()) == 1 + 8 + 64 + 512
+    sections = {"sample": {"samples_per_prompt": 64}, "train": {"epochs": 4, "learning_rate": 3e-3, "lora_rank": 32}}
+    arguments = ["enumerable", "--out", str(tmp_path), "--transforms", "optimal", "--baselines", "--kls", "0.3"]
+    found = {one.split: one for one in benchmark.main([*arguments, "--sections", json.dumps(sections)])}
+    assert len(benchmark.enumerable.responses()) == 1 + 8 + 64 + 512
     for split in ("train", "holdout"):
-        assert 0.5 < found[split]["win_rate"] < found[split]["closed_form"]
-    assert found["holdout"]["kl"] == pytest.approx(0.3, rel=0.15)
+        assert 0.5 < found[split].win_rate < found[split].closed_form
+    assert found["holdout"].kl == pytest.approx(0.3, rel=0.15)
+
+
+def test_baselines_learn_from_the_best_and_the_worst_of_every_four(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    baselines = importlib.import_module("benchmarks.baselines")
+    rewards = {"a": [0.1, 0.9, 0.5, 0.3, 0.7, 0.2, 0.4, 0.6, 0.8], "b": [0.5, 0.5, 0.5, 0.5, 0.5, 0.2, 0.5, 0.5]}
+    rows = [
+        {"prompt_id": name, "calibrated_reward": u, "row": i} for name in rewards for i, u in enumerate(rewards[name])
+    ]
+    found = [(best["prompt_id"], best["row"], worst["row"]) for best, worst in baselines.pairs(rows)]
+    assert [one for one in found if one[0] == "a"] == [("a", 1, 0), ("a", 4, 5)]  # the ninth has no group
+    assert [one[2] for one in found if one[0] == "b"] == [5]  # the first four tie

@@ -99,6 +99,15 @@ def test_ends_and_lengths(model, prompts):
     assert reasons["stop"] and reasons["length"]
 
 
+def test_a_cache_with_room_changes_no_response(model, monkeypatch):
+    """Beside the cache that transformers has, with rows that leave and room for two tokens only."""
+    monkeypatch.setattr("iapo.engines.cache.ROOM", 2)
+    roomy = draw(model, PROMPTS, 50, length=12)
+    assert len({len(response.token_ids) for group in roomy for response in group}) > 3
+    monkeypatch.setattr("iapo.engines.transformers.with_room", lambda cache: cache)
+    assert draw(model, PROMPTS, 50, length=12) == roomy
+
+
 def test_same_seed_same_responses(model):
     assert draw(model, PROMPTS, 5, seed=7) == draw(model, PROMPTS, 5, seed=7)
     assert draw(model, PROMPTS, 5, seed=7) != draw(model, PROMPTS, 5, seed=8)
