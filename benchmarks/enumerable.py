@@ -1,8 +1,8 @@
 """The enumerable setting of benchmarks/quality.py: a policy whose KL and win rate are sums, not estimates.
 
-A random transformer answers in at most three letters of eight, 585 different responses in all; the reward is an arbitrary
-function of the response. So what is learned on some prompts says little of the rest: the prompts that were trained on show
-how exact a fit can be, the others how little carries over.
+A random transformer answers in at most three letters of eight, 585 different responses in all; the reward is an
+arbitrary function of the response. So what is learned on some prompts says little of the rest: the prompts that were
+trained on show how exact a fit can be, the others how little carries over.
 """
 
 import hashlib

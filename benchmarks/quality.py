@@ -2,16 +2,17 @@
 
     python benchmarks/quality.py SETTING [--data PATH] [--procedures "best_of(4)" ...] [--kls 0.25 0.5 1] [--seed 0]
 
-SETTING: `enumerable` (KL and win rate are exact: benchmarks/enumerable.py), `bundled` (the demo's model), `hh` and `gsm8k`
-(small models trained on the data set PATH: benchmarks/hh.py, benchmarks/gsm8k.py).
+SETTING: `enumerable` (KL and win rate are exact: benchmarks/enumerable.py), `bundled` (the demo's model), `hh` and
+`gsm8k` (small models trained on the data set PATH: benchmarks/hh.py, benchmarks/gsm8k.py).
 
-Methods: iapo with the optimal transform, exp_tilt(10), identity and log (these two are QRPO's), and TRL's DPO, IPO and KTO,
-each with every beta of --betas. Every adapter is then scaled to every KL as `iapo train` does it, by KL alone
-(optimal: trained for that KL and procedure), so all methods are compared at the same KL. Of a method's adapters the one
-that wins most on the held-out prompts stands for it, which favours those with several.
+Methods: iapo with the optimal transform, exp_tilt(10), identity and log (these two are QRPO's), and TRL's DPO, IPO and
+KTO, each with every beta of --betas. Every adapter is then scaled to every KL as `iapo train` does it, by KL alone
+(optimal: trained for that KL and procedure), so all methods are compared at the same KL. Of a method's adapters the
+one that wins most on the held-out prompts stands for it, which favours those with several.
 
-`of gain`: (win rate − identity's closed form) / (closed form − identity's closed form), at the measured KL. `optimal −`:
-how much more the optimal transform wins, with the 95 % interval of a bootstrap over prompts of the difference.
+`of gain`: (win rate − identity's closed form) / (closed form − identity's closed form), at the measured KL.
+`optimal −`: how much more the optimal transform wins, with the 95 % interval of a bootstrap over prompts of the
+difference. What was trained before in the output folder is not trained again; result.json there has all figures.
 """
 
 import argparse
@@ -54,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train": {"learning_rate": 4e-3, "epochs": 5, "batch_size": 256, "micro_batch_size": 256, "lora_rank": 64},
     },
     "bundled": {"prompts": {"limit": 608}},
-    "hh": {"prompts": {"limit": 1900, "holdout": 240}},
+    "hh": {"prompts": {"limit": 1060, "holdout": 240}, "calibrate": {"pool": True}},
     "gsm8k": {"prompts": {"limit": 1128}, "sample": {"samples_per_prompt": 16}},
 }
 """Sections of each setting's configuration, over those that all have in common."""
@@ -121,6 +122,7 @@ def configuration(args: argparse.Namespace, run: Path, transform: str, procedure
         "prompts": {"holdout": 128},
         "sample": {"samples_per_prompt": 32, "batch_size": 128},
         "reward": {},
+        "calibrate": {},
         "train": {"lora_rank": 32, "learning_rate": 3e-4, "batch_size": 32, "micro_batch_size": 32, "evaluations": 1},
         "evaluate": {"samples_per_prompt": 32, "procedures": args.procedures},
     }
