@@ -20,7 +20,8 @@ LEAST_MASS = 1e-6
 def draw_masses(rewards: list[Floats], seed: int) -> Floats:
     """Masses (prompts, levels) in increasing order of reward, padded with zeros, from each prompt's sampled rewards.
 
-    Prompts without a level in common, or with very many samples, keep the shares of their own samples.
+    Where prompts have no level in common they scatter about the shares of their own samples; with many samples they
+    are these shares.
     """
     values, level = np.unique(np.concatenate(rewards), return_inverse=True)
     prompt = np.repeat(np.arange(len(rewards)), [len(one) for one in rewards])
