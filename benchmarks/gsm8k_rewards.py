@@ -26,8 +26,7 @@ def right_share(prompts: Prompts, responses: Sequence[str]) -> list[float]:
 def right_less_wrong(prompts: Prompts, responses: Sequence[str]) -> list[float]:
     """How many of a response's own annotations are right, less how many are wrong; 0 if it has none.
 
-    An integer with many ties, whose largest values are rare. `right_share` is 1 for a third of what the small model
-    says, and then best_of(8) has next to nothing left to win.
+    An integer with many ties, whose largest values are rare, so that a best of many has something to win.
     """
     verdicts = [[is_right(text) for text in ANNOTATION.findall(response)] for response in responses]
     return [float(2 * sum(each) - len(each)) for each in verdicts]

@@ -29,6 +29,7 @@ from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
 from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
+from iapo.levels import draw_masses
 from iapo.procedures import Procedure, has_functional, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
 from iapo.score import open_reward
@@ -132,13 +133,13 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
     `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
     the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
     reference_win_rate (W₀: ½ if the opponent has the same procedure), closed_form_win_rate (the optimum at the measured
-    KL, of equation (4), or of (8) on prompts where most reference samples tie), kl_efficiency = (win_rate − W₀) /
-    (closed_form_win_rate − W₀). Both are null where the KL is not above its error or the closed form cannot be solved
-    at it, and the latter where nothing can be won: all rewards of all prompts are equal. `uniformity`: KS distance of
+    KL, of equation (4), or of (8) on prompts where most reference samples tie, see `iapo.levels`), kl_efficiency =
+    (win_rate − W₀) / (closed_form_win_rate − W₀). Both are null where the KL is not above its error or the closed form
+    cannot be solved at it, and the latter where nothing can be won: all rewards are equal. `uniformity`: KS distance of
     fresh base samples from the uniform distribution that calibration promises.
     """
     records = []
-    ties = tied_levels([reference[name] for name in table["prompt_id"].unique()])
+    ties = tied_levels([reference[name] for name in table["prompt_id"].unique()], config.seed)
     for policy, rows in table.groupby("policy", sort=False):
         ratios = rows.groupby("prompt_id")["log_ratio"].mean().to_numpy()
         kl = mean_over_prompts(ratios, config.seed)
@@ -176,19 +177,17 @@ def has_moved(kl: float, se: float) -> bool:
     return kl > max(2 * se, 1e-4)
 
 
-def tied_levels(reference: list[Floats]) -> tuple[Floats, int]:
-    """What the optimum has to know of each prompt's reference rewards: where most tie, the counts at their levels.
+def tied_levels(reference: list[Floats], seed: int = 0) -> tuple[Floats, int]:
+    """What the optimum has to know of each prompt's reference rewards: where most tie, the masses of their levels.
 
-    Returns these, (prompts, levels) in increasing order of reward and padded with zeros, and how many prompts are left.
+    Returns these, (prompts, levels) as from `levels.draw_masses`, and how many prompts are left.
     """
-    counts = [np.unique(rewards, return_counts=True)[1] for rewards in reference]
-    prompt = np.repeat(np.arange(len(counts)), [count.sum() for count in counts])
-    tied = mostly_tied(prompt, np.concatenate([np.repeat(count > 1, count) for count in counts]))
-    found = [count for count, is_tied in zip(counts, tied, strict=True) if is_tied]
-    levels = np.zeros((len(found), max(map(len, found), default=1)))
-    for row, count in zip(levels, found, strict=True):
-        row[: len(count)] = count
-    return levels, len(counts) - len(found)
+    levels = [np.unique(one, return_inverse=True, return_counts=True)[1:] for one in reference]
+    recurs = np.concatenate([counts[level] > 1 for level, counts in levels])
+    prompt = np.repeat(np.arange(len(reference)), [len(one) for one in reference])
+    tied = mostly_tied(prompt, recurs)
+    chosen = [one for one, is_tied in zip(reference, tied, strict=True) if is_tied]
+    return draw_masses(chosen, seed) if chosen else np.zeros((0, 1)), len(reference) - len(chosen)
 
 
 def best_win_rate(procedure: Procedure, opponent: Procedure, kl: float, ties: tuple[Floats, int]) -> float:

@@ -80,15 +80,21 @@ def test_metrics_by_hand(config):
 
 
 def test_metrics_of_a_verifier_are_against_the_optimum_of_its_levels(config):
-    """Pass rates 0.2 and 1 under best_of(4): 0.207235 nats on the first as in test_atoms, none on the other."""
-    reference = {"a": np.array([0.0, 0, 0, 0, 1]), "b": np.ones(5)}
-    ratios = {"a": 0.1, "b": 0.107235}
-    made = table({(policy, prompt): [1.0] * 5 for policy in ("base", "trained") for prompt in "ab"}, ratios)
-    trained = next(r for r in metrics(config, made, reference)["policies"] if r["procedure"] == "best_of(4)")
-    win_rate = (0.2 + 0.8 / 2 + 0.5) / 2  # 4 of 5 without replacement have the one that passes 4 times of 5
-    assert trained["win_rate"] == pytest.approx(win_rate) and trained["reference_win_rate"] == pytest.approx(0.5)
-    assert trained["closed_form_win_rate"] == pytest.approx((0.670528 + 0.5) / 2, abs=2e-6)
-    assert trained["kl_efficiency"] == pytest.approx((win_rate - 0.5) / 0.085264, abs=1e-4)
+    """Pass rates of about 0.2 under best_of(4): 0.670528 is the most at 0.207235 nats (test_atoms)."""
+    fifth = np.repeat([0.0, 1.0], [4000, 1000])
+    ratios = {"a": 0.2, "b": 0.21447}
+    made = table({(policy, prompt): [0.0, 1.0] * 4 for policy in ("base", "trained") for prompt in "ab"}, ratios)
+    trained = next(
+        r for r in metrics(config, made, {"a": fifth, "b": fifth})["policies"] if r["procedure"] == "best_of(4)"
+    )
+    passes, reference = 1 - 1 / 70, 1 - 0.8**4  # 4 of 8, of which 4 pass
+    win_rate = passes * (1 - reference) + (passes * reference + (1 - passes) * (1 - reference)) / 2
+    assert trained["win_rate"] == pytest.approx(win_rate, abs=1e-3) and trained["reference_win_rate"] == pytest.approx(
+        0.5
+    )
+    assert trained["closed_form_win_rate"] == pytest.approx(0.670528, abs=0.01)
+    gain = trained["closed_form_win_rate"] - 0.5
+    assert trained["kl_efficiency"] == pytest.approx((trained["win_rate"] - 0.5) / gain)
 
 
 def test_nothing_to_win_has_no_efficiency(config):

@@ -8,6 +8,7 @@ from scipy.special import logsumexp
 from iapo.atoms import atom_kl, atom_win_rate, most_win_rate, mostly_tied
 from iapo.closed_form import optimal_win_rate, solve
 from iapo.evaluate import closed_form_win_rate, tied_levels
+from iapo.levels import draw_masses
 from iapo.procedures import pairings, parse_procedure
 
 BEST = parse_procedure("best_of(4)")
@@ -101,14 +102,36 @@ def test_fine_atoms_tend_to_the_closed_form(kl):
 
 def test_which_prompts_are_tied():
     assert mostly_tied([0, 0, 1, 1, 1, 2, 2], [1, 0, 1, 1, 0, 0, 0]).tolist() == [False, True, False]
-    levels, untied = tied_levels([np.array([0.0, 0, 1, 1, 5]), np.arange(4.0), np.zeros(3), np.array([1.0, 1, 2, 3])])
-    assert levels.tolist() == [[2, 2, 1], [3, 0, 0]] and untied == 2
+    masses, untied = tied_levels([np.repeat([0.0, 1.0], [80_000, 20_000]), np.arange(4.0), np.zeros(3), np.arange(3.0)])
+    assert len(masses) == 2 and untied == 2
+    np.testing.assert_allclose(masses[0], [0.8, 0.2], atol=0.01)  # with many samples, their shares
 
 
 def test_evaluate_compares_with_what_the_prompts_allow():
     """No ties: equation (4). All tied: much less. Functionals of F, to which (8) does not apply: (4)."""
-    none, binary = tied_levels([np.arange(8.0)]), tied_levels([np.repeat([0.0, 1.0], [4, 1])] * 3)
+    none, binary = tied_levels([np.arange(8.0)]), (np.array([[0.8, 0.2]]), 0)
     assert closed_form_win_rate(BEST, BEST, 0.3, none) == optimal_win_rate(BEST, BEST, 0.3)
     assert closed_form_win_rate(BEST, BEST, 0.207235, binary) == pytest.approx(0.670528, abs=2e-6)
     early = parse_procedure("early_stop(4, 0.8)")
     assert closed_form_win_rate(early, early, 0.3, binary) == optimal_win_rate(early, early, 0.3)
+
+
+def test_levels_that_few_samples_did_not_show():
+    """Known masses, 16 samples a prompt, best_of(8): drawn masses allow what the true ones do, shares do not."""
+    generator = np.random.default_rng(0)
+    best = parse_procedure("best_of(8)")
+    true = generator.dirichlet([4, 3, 2, 0.7, 0.3], size=80)
+    rewards = [generator.choice(5.0 + np.arange(5), size=16, p=masses) for masses in true]
+    shares = np.array([[np.mean(one == level) for level in 5.0 + np.arange(5)] for one in rewards])
+    shares = np.take_along_axis(shares, np.argsort(shares == 0, axis=1, kind="stable"), axis=1)
+    possible, drawn, sampled = (
+        most_win_rate(masses, 0, best, best, 0.25) for masses in (true, draw_masses(rewards, 0), shares)
+    )
+    assert drawn == pytest.approx(possible, abs=0.03) and sampled < possible - 0.08
+
+
+def test_prompts_with_nothing_in_common_keep_their_own_shares():
+    rewards = [np.repeat([0.0, 1.0], [300, 100]), np.repeat([2.0, 3.0], [100, 300])]
+    masses = draw_masses(rewards, 0)
+    np.testing.assert_allclose(masses[masses > 1e-3], [0.75, 0.25, 0.25, 0.75], atol=0.08)
+    assert masses[masses < 1e-3].sum() < 1e-3
