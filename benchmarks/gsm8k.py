@@ -41,7 +41,7 @@ from iapo.models import prompt_token_ids  # noqa: E402
 
 LONGEST = 32
 """Tokens of a response; with the longest prompt they fill the context."""
-REWARD = "right_less_wrong"
+REWARD = "marks"
 
 
 def read_problems(path: Path) -> list[tuple[str, str]]:

@@ -23,25 +23,37 @@ def right_share(prompts: Prompts, responses: Sequence[str]) -> list[float]:
     return [sum(each) / len(each) if each else 0.0 for each in verdicts]
 
 
-def right_less_wrong(prompts: Prompts, responses: Sequence[str]) -> list[float]:
-    """How many of a response's own annotations are right, less how many are wrong; 0 if it has none.
+def marks(prompts: Prompts, responses: Sequence[str]) -> list[float]:
+    """Two marks for every annotation that can be read as a sum and one more if it is right, as for method and answer.
 
-    An integer with many ties, whose largest values are rare, so that a best of many has something to win.
+    It has many ties, and depends more plainly on the tokens than the number of right sums does, so that a small model
+    learns it sooner (docs/log.md).
     """
-    verdicts = [[is_right(text) for text in ANNOTATION.findall(response)] for response in responses]
-    return [float(2 * sum(each) - len(each)) for each in verdicts]
+    found = [[read(text) for text in ANNOTATION.findall(response)] for response in responses]
+    return [float(sum(2 + is_equal(*one) for one in each if one is not None)) for each in found]
 
 
 def is_right(annotation: str) -> bool:
     """Whether `expression=value` is a sum (+, -, *, / of two numbers at least) that equals its value to a cent."""
+    found = read(annotation)
+    return found is not None and is_equal(*found)
+
+
+def is_equal(computed: float, stated: float) -> bool:
+    """To a cent."""
+    return abs(computed - stated) < 0.01
+
+
+def read(annotation: str) -> tuple[float, float] | None:
+    """What `expression` of `expression=value` comes to, and the value; None where it is no sum of two numbers."""
     found = SUM.fullmatch(annotation)
     if found is None:
-        return False
+        return None
     try:
         tree = ast.parse(found[1].strip(), mode="eval").body
-        return isinstance(tree, ast.BinOp) and abs(_value(tree) - float(found[2])) < 0.01
+        return (_value(tree), float(found[2])) if isinstance(tree, ast.BinOp) else None
     except (SyntaxError, ArithmeticError, RecursionError, MemoryError, ValueError):
-        return False
+        return None
 
 
 def _value(node: ast.AST) -> float:
