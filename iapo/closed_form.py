@@ -303,9 +303,7 @@ def _density_of(pairs: tuple[Pairing, ...], curve: Curve) -> Density:
         return Density(spline, u, log_mass)
 
     def log_density(u: Floats) -> Floats:
-        return np.where(
-            u < start, optima.tail(pairs, curve, np.minimum(u, start)), spline(np.maximum(u, start))
-        )
+        return np.where(u < start, optima.tail(pairs, curve, np.minimum(u, start)), spline(np.maximum(u, start)))
 
     below = start * cells(lambda x: np.maximum(optima.tail(pairs, curve, start * x), _DEEPEST), np.empty(0))
     below[-1] = start

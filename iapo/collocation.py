@@ -1,8 +1,8 @@
 """Newton for the curves of `iapo.curves`, by Gauss collocation on panels.
 
-Unknown are (log F, L) at edges and nodes, where s begins, its length, and log beta; given is the KL or log beta. In every
-panel the stages are linear in what is unknown at its left edge; eliminating them leaves a banded system for the edges, to
-which the three numbers and the KL up to an edge belong as well.
+Unknown are (log F, L) at edges and nodes, where s begins, its length, and log beta; given is the KL or log beta. In
+every panel the stages are linear in what is unknown at its left edge; eliminating them leaves a banded system for the
+edges, to which the three numbers and the KL up to an edge belong as well.
 """
 
 import numpy as np
@@ -102,7 +102,7 @@ def _rates(pairs: tuple[Pairing, ...], curve: Curve) -> tuple[Floats, Floats]:
 
 
 def _stages(curve: Curve, rates: Floats, by_all: Floats) -> Floats:
-    """The change of the stages, (n, ORDER, 2, 6): by log F, L, first, length, log beta at the left edge, and by itself."""
+    """The change of the stages, (n, ORDER, 2, 6): by log F, L, first, length, log beta at the left edge, by itself."""
     panels = len(curve.edges) - 1
     inner = np.diff(curve.edges)[:, None, None] * INTEGRALS
     by_state = np.swapaxes(by_all[..., :2, :2], 1, 2)[:, None]  # (n, 1, 2, ORDER, 2)
@@ -111,12 +111,10 @@ def _stages(curve: Curve, rates: Floats, by_all: Floats) -> Floats:
     right[..., 0, 0] = right[..., 1, 1] = 1
     right[..., 2:5] = (inner @ by_all[..., :2, 2:].reshape(panels, ORDER, 6)).reshape(panels, ORDER, 2, 3)
     right[..., 5] = curve.state[:-1, None] + inner @ rates[..., :2] - curve.stages
-    return np.linalg.solve(system, right.reshape(panels, 2 * ORDER, 6)).reshape(right.shape)
+    return np.asarray(np.linalg.solve(system, right.reshape(panels, 2 * ORDER, 6)).reshape(right.shape), float)
 
 
-def _across(
-    curve: Curve, rates: Floats, by_all: Floats, local: Floats, so_far: Floats
-) -> tuple[Floats, Floats]:
+def _across(curve: Curve, rates: Floats, by_all: Floats, local: Floats, so_far: Floats) -> tuple[Floats, Floats]:
     """What crosses a panel: next edge = transfer @ this edge + constant, of the six unknown."""
     weight = weights(curve.edges)
     panels = len(weight)
@@ -145,8 +143,8 @@ def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
     """log F = -70 and f / F = k / beta + 1 / u there, u from (6) where F is a power of u, or f itself falls with F."""
     log_cdf, log_f = curve.state[0]
     log_rest = curve.log_rest(np.zeros(()), curve.state[0])
-    log_k, by_cdf, by_rest = map(float, kernel_slopes(pairs, log_cdf, log_rest))
-    rest = float(np.exp(min(log_rest, 0)))
+    log_k, by_cdf, by_rest = (float(one) for one in kernel_slopes(pairs, log_cdf, log_rest))
+    rest = float(np.exp(np.minimum(log_rest, 0)))
     u = max(float(-np.expm1(log_rest)), 1e-300)
     log_slope = log_k - curve.log_beta
     total = np.logaddexp(log_slope, -np.log(u))

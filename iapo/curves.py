@@ -12,8 +12,9 @@ consists of, keep their digits where F and 1 - u are 1e-30 or e^-1000:
     (-d log(1 - u), d log F, dL) / ds = softmax(-log(1 - u), L - log F, log k - log beta) = (a, b, c)
     du = (1 - u) a ds,    dF = F b ds,    KL = integral of L dF
 
-The curve begins at log F = -70 and ends where the mass above u is e^-45. At both ends it goes on in a straight line: below,
-F = f u where F is too small to matter, or, where f falls with F, f / F = k / beta + 1 / u; above, 1 - F = f (1 - u).
+The curve begins at log F = -70 and ends where the mass above u is e^-45. At both ends it goes on in a straight line:
+below, F = f u where F is too small to matter or, where f falls with F, f / F = k / beta + 1 / u; above,
+1 - F = f (1 - u).
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 LOWEST_LOG_CDF = -70.0  # log F where curves begin
 LOWEST_LOG_REST = -45.0  # log of the mass above u where they end
 _STEP = 1e-5  # of the central differences of log k, relative to F and to 1 - F, to u and to 1 - u
-_LEAST = -1e-300  # the largest log F and log(1 - u), whose log(1 - F) is still a number
+_RANGE = (-1e250, -1e-300)  # of log F and log(1 - u), whose multiples and log(1 - F) are still numbers
 _ROUNDING = 4e-16  # of log F, L and s, with the amplification of a panel's derivative
 _POINTS = np.r_[0, NODES]  # of a panel's polynomials
 _BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(_POINTS, i)) for i, x in enumerate(_POINTS)])
@@ -89,17 +90,15 @@ def interpolate(edges: Floats, state: Floats, stages: Floats, place: Floats) -> 
 
 def log_kernel(pairs: tuple[Pairing, ...], log_cdf: Floats, log_rest: Floats) -> Floats:
     """log k at log F and log(1 - u): the right-hand side of (5)."""
-    log_cdf, log_rest = np.minimum(log_cdf, _LEAST), np.minimum(log_rest, _LEAST)
+    log_cdf, log_rest = np.clip(log_cdf, *_RANGE), np.clip(log_rest, *_RANGE)
     by_cdf, by_u = (log_cdf, _other(log_cdf)), (_other(log_rest), log_rest)
     terms = [np.log(w) + a.log_density_of_logs(*by_cdf) + b.log_density_of_logs(*by_u) for w, a, b in pairs]
     return terms[0] if len(terms) == 1 else np.logaddexp.reduce(terms)
 
 
-def kernel_slopes(
-    pairs: tuple[Pairing, ...], log_cdf: Floats, log_rest: Floats
-) -> tuple[Floats, Floats, Floats]:
+def kernel_slopes(pairs: tuple[Pairing, ...], log_cdf: Floats, log_rest: Floats) -> tuple[Floats, Floats, Floats]:
     """log k and its derivatives by log F and by log(1 - u), 0 where k is 0."""
-    x, y = np.minimum(log_cdf, _LEAST), np.minimum(log_rest, _LEAST)
+    x, y = np.clip(log_cdf, *_RANGE), np.clip(log_rest, *_RANGE)
     dx, dy = -_STEP * np.expm1(x), -_STEP * np.expm1(y)
     xs, ys = np.stack([x, x + dx, x - dx]), np.stack([y, y + dy, y - dy])
     by_cdf, by_u = (xs, _other(xs)), (_other(ys), ys)
@@ -143,7 +142,7 @@ def kl_of(pairs: tuple[Pairing, ...], curve: Curve) -> float:
 def win_rate(pairs: tuple[Pairing, ...], curve: Curve) -> float:
     """(4)."""
     place = nodes(curve.edges)
-    log_rest = np.minimum(curve.log_rest(place, curve.stages), _LEAST)
+    log_rest = np.clip(curve.log_rest(place, curve.stages), *_RANGE)
     _, total = shares_at(pairs, curve, place, curve.stages)
     cdf, log_u = np.exp(np.minimum(curve.stages[..., 0], 0)), _other(log_rest)
     loss = sum(w * a.cdf(cdf) * np.exp(b.log_density_of_logs(log_u, log_rest) - total) for w, a, b in pairs)
@@ -157,11 +156,16 @@ def residual(pairs: tuple[Pairing, ...], curve: Curve) -> float:
 
 def defect(pairs: tuple[Pairing, ...], curve: Curve) -> Floats:
     """The same by panel, (n,), without what the rounding of log F and L can do to a slope."""
+    place, values, slope = between_nodes(curve)
+    expected = np.moveaxis(shares_at(pairs, curve, place, values)[0][1:], 0, -1)
+    width = np.diff(curve.edges)[:, None, None] * curve.length
+    rounding = _ROUNDING * (1 + np.abs(values)) / width
+    return np.max(np.maximum(np.abs(slope - expected) - rounding, 0), axis=(1, 2))
+
+
+def between_nodes(curve: Curve) -> tuple[Floats, Floats, Floats]:
+    """Places in every panel, (n, 3), and there (log F, L) and its slope by s, (n, 3, 2)."""
     width = np.diff(curve.edges)[:, None]
     place = curve.edges[:-1, None] + width * _BETWEEN
     values = np.concatenate([curve.state[:-1, None], curve.stages], axis=1)
-    slope = _SLOPES @ values / (width[..., None] * curve.length)
-    between = curve.at(place)
-    expected = np.moveaxis(shares_at(pairs, curve, place, between)[0][1:], 0, -1)
-    rounding = _ROUNDING * (1 + np.abs(between)) / (width[..., None] * curve.length)
-    return np.max(np.maximum(np.abs(slope - expected) - rounding, 0), axis=(1, 2))
+    return place, curve.at(place), _SLOPES @ values / (width[..., None] * curve.length)
