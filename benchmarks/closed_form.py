@@ -5,8 +5,8 @@
 Prints a table with the worst of each procedure, then one JSON line. Time is processor time of one solution, none of it
 cached. The residual is the largest defect of the equations as they are solved, between the nodes of the solver: of the
 slopes of log F and log f by s (`iapo.curves`), which are at most 1; where there is no h, of (1), relative to
-1 + |log f|. The defect of (5) is that of d log f / du = k / beta, by the same polynomials, relative to 1 + k / beta, where
-u and 1 - u are above 1e-3: du / ds is as small as they are. Warnings are errors.
+1 + |log f|. The defect of (5) is that of d log f / du = k / beta, by the same polynomials, relative to 1 + k / beta,
+where u and 1 - u are above 1e-3: du / ds is as small as they are. Warnings are errors.
 """
 
 import json

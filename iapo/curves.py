@@ -31,7 +31,6 @@ LOWEST_LOG_CDF = -70.0  # log F where curves begin
 LOWEST_LOG_REST = -45.0  # log of the mass above u where they end
 _STEP = 1e-5  # of the central differences of log k, relative to F and to 1 - F, to u and to 1 - u
 _RANGE = (-1e250, -1e-300)  # of log F and log(1 - u), whose multiples and log(1 - F) are still numbers
-_ROUNDING = 4e-16  # of log F, L and s, with the amplification of a panel's derivative
 _POINTS = np.r_[0, NODES]  # of a panel's polynomials
 _BARYCENTRIC = 1 / np.array([np.prod(x - np.delete(_POINTS, i)) for i, x in enumerate(_POINTS)])
 _BETWEEN = np.array([0.06, 0.5, 0.94])  # places in a panel, not at its nodes, where `defect` looks
@@ -40,6 +39,8 @@ _SLOPES = np.linalg.solve(
     np.vander(_POINTS, increasing=True).T,
     (np.arange(ORDER + 1) * _BETWEEN[:, None] ** np.maximum(np.arange(ORDER + 1) - 1, 0)).T,
 ).T
+_EPSILON = 2.0**-53  # relative rounding of log F, L and s
+_AMPLIFIED = np.max(np.sum(np.abs(_SLOPES), axis=1))  # by the slope of a panel of length 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +156,17 @@ def residual(pairs: tuple[Pairing, ...], curve: Curve) -> float:
 
 
 def defect(pairs: tuple[Pairing, ...], curve: Curve) -> Floats:
-    """The same by panel, (n,), without what the rounding of log F and L can do to a slope."""
+    """The same by panel, (n,), without what the rounding of log F, L and s can do to a slope and to its share."""
     place, values, slope = between_nodes(curve)
-    expected = np.moveaxis(shares_at(pairs, curve, place, values)[0][1:], 0, -1)
+    log_cdf, log_f = values[..., 0], values[..., 1]
+    log_rest = curve.log_rest(place, values)
+    shift = _EPSILON * (np.abs(log_cdf) + np.abs(log_f) + np.abs(curve.first + curve.length * place))
+    expected, moved = (
+        np.moveaxis(shares(log_cdf, log_f, at, log_kernel(pairs, log_cdf, at) - curve.log_beta)[0][1:], 0, -1)
+        for at in (log_rest, log_rest - shift)
+    )
     width = np.diff(curve.edges)[:, None, None] * curve.length
-    rounding = _ROUNDING * (1 + np.abs(values)) / width
+    rounding = _EPSILON * _AMPLIFIED * (1 + np.abs(values)) / width + np.abs(moved - expected)
     return np.max(np.maximum(np.abs(slope - expected) - rounding, 0), axis=(1, 2))
 
 

@@ -305,7 +305,7 @@ def _flat(parts: list[Any]) -> Floats:
 
 
 def _hessian(loss: Any, values: list[Any]) -> tuple[Floats, Floats, Floats]:
-    """The second derivatives of the loss, one row a backward pass: by the nodes' values, by these and others, by others.
+    """The second derivatives of the loss, one row a backward pass: by nodes, by nodes and others, by others.
 
     Where the block of the nodes themselves is diagonal, as it is if the output at u depends on F at u and at a few
     points, its product with one vector is all of it; the product with another, at random, tells. Then the first is

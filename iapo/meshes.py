@@ -5,6 +5,7 @@ bends stay at their places in the mesh: as the KL grows they wander, and the str
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,18 @@ from iapo.quadrature import ORDER, nodes
 
 Floats = NDArray[np.float64]
 
+ROUGHLY = 3e-4  # of `defect`, on the way
 _LONGEST = 6.0  # panel, in s
 _FINER = 8  # places a panel where `_motion` looks
 _STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
 
 
-def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float) -> Curve:
-    """The same functions on panels that have equal defects, by the order of the collocation, of about a tolerance."""
-    needed = np.clip((defect(pairs, curve) / tolerance) ** (1 / ORDER), 0.5, 4)
+def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: float = 0.5) -> Curve:
+    """The same functions on panels that have equal defects, by the order of the collocation, of about a tolerance.
+
+    A panel gives way to at least `fewest`: 1 where defects may be no more than rounding, which tells nothing.
+    """
+    needed = np.clip((defect(pairs, curve) / tolerance) ** (1 / ORDER), fewest, 4)
     for _ in range(2):  # the next panel is not very different
         needed[:-1] = np.maximum(needed[:-1], 0.3 * needed[1:])
         needed[1:] = np.maximum(needed[1:], 0.3 * needed[:-1])
@@ -55,11 +60,14 @@ class _Motion:
     pace: float
 
 
-def _motion(pairs: tuple[Pairing, ...], curve: Curve) -> _Motion:
-    """The tangent, moved along the curve so that the shares of its three logarithms change little at equal places.
+@lru_cache(maxsize=4)  # a step that fails is tried again, and the next one asks for the pace of the last curve
+def _motion(pairs: tuple[Pairing, ...], rough: Curve) -> tuple[Curve, _Motion]:
+    """A curve on the panels it needs on the way, and its tangent, moved along it.
 
-    Least squares, with a price on the slope of the movement, which is none at both ends.
+    So moved that the shares of its three logarithms change little at equal places: least squares, with a price on the
+    slope of the movement, which is none at both ends.
     """
+    curve = remesh(pairs, rough, ROUGHLY)
     assert curve.tangent is not None
     tangent, edges = curve.tangent, curve.edges
     inside = np.arange(_FINER) / _FINER
@@ -89,16 +97,16 @@ def _motion(pairs: tuple[Pairing, ...], curve: Curve) -> _Motion:
     moved = solve_banded((1, 1), banded, right, check_finite=False)
     movement = np.stack([of_rest - moved * rest, of_cdf + moved * cdf, of_f + moved * f])
     pace = float(np.sqrt(np.sum(mass * np.sum(movement**2, axis=0))))
-    return _Motion(place, movement[1:].T, of_s + moved, pace)
+    return curve, _Motion(place, movement[1:].T, of_s + moved, pace)
 
 
 def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: float) -> Curve | None:
     """A guess at a larger KL; None if it is no curve. The pace is a power of the KL, by the last two curves."""
-    motion = _motion(pairs, curve)
+    curve, motion = _motion(pairs, curve)
     assert curve.tangent is not None
     power = -0.5
     if before is not None and before.tangent is not None and before.kl < curve.kl:
-        pace = _motion(pairs, before).pace
+        pace = _motion(pairs, before)[1].pace
         power = float(np.clip(np.log(motion.pace / pace) / np.log(curve.kl / before.kl), -1.5, 1.5))
     log_ratio = np.log(kl / curve.kl)
     more = curve.kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1))

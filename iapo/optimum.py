@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 
 from iapo.collocation import newton
 from iapo.curves import LOWEST_LOG_CDF, LOWEST_LOG_REST, Curve, defect, kernel_slopes, log_kernel, win_rate
-from iapo.meshes import ahead, remesh
+from iapo.meshes import ROUGHLY, ahead, remesh
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import nodes
 
 Floats = NDArray[np.float64]
 
-_TOLERANCE = 4e-12  # of `defect`
-_WORST = 1e-10  # of `defect`, where rounding leaves no more to be had
-_ROUGHLY = 3e-4  # of `defect` on the way
+_TOLERANCE = 2e-11  # of `defect`
+_WORST = 1e-9  # of `defect`, where rounding leaves no more to be had
 _AWRY = 0.02  # of `defect`, where the panels are too coarse for the step
 _ROUGH_STEP = 1e-3  # of Newton's last step on the way
 _MOST_PANELS = 3000  # the hardest of benchmarks/closed_form.py takes 250
@@ -39,7 +38,7 @@ class Collocation:
         return _start(self.pairs, kl, log_beta)
 
     def advance(self, curve: Curve, kl: float, before: Curve | None) -> tuple[Curve, int] | None:
-        guess = ahead(self.pairs, remesh(self.pairs, curve, _ROUGHLY), before, kl)
+        guess = ahead(self.pairs, curve, before, kl)
         found = newton(self.pairs, guess, kl=kl, tolerance=_ROUGH_STEP) if guess else None
         if found is None:
             return None
@@ -47,7 +46,7 @@ class Collocation:
         for _ in range(3):
             if np.max(defect(self.pairs, found[0])) < _AWRY:
                 return found[0], iterations
-            found = newton(self.pairs, remesh(self.pairs, found[0], _ROUGHLY), kl=kl, tolerance=_ROUGH_STEP)
+            found = newton(self.pairs, remesh(self.pairs, found[0], ROUGHLY), kl=kl, tolerance=_ROUGH_STEP)
             if found is None:
                 return None
         return None
@@ -56,22 +55,21 @@ class Collocation:
         """On panels made anew until the equations hold between the nodes."""
         target = _kl_near(curve, log_beta) if kl is None else kl
         if not np.isclose(target, curve.kl, rtol=1e-9, atol=0):
-            guess = ahead(self.pairs, remesh(self.pairs, curve, _ROUGHLY), None, target)
+            guess = ahead(self.pairs, curve, None, target)
             found = newton(self.pairs, guess, kl, log_beta, _ROUGH_STEP) if guess else None
             if found is None:
                 return None
             curve = found[0]
-        smallest = np.inf
         for _ in range(8):
-            mesh = remesh(self.pairs, curve, _TOLERANCE / 4)
+            mesh = remesh(self.pairs, curve, _TOLERANCE / 4, fewest=1)
             found = newton(self.pairs, mesh, kl, log_beta) if len(mesh.edges) <= _MOST_PANELS else None
             if found is None:
                 return None
             curve = found[0]
-            previous, smallest = smallest, float(np.max(defect(self.pairs, curve)))
-            if smallest < _TOLERANCE or previous / 2 < smallest < _WORST:
+            left = np.max(defect(self.pairs, curve))
+            if left < _TOLERANCE:
                 return curve
-        return None
+        return curve if left < _WORST else None
 
     def win_rate(self, curve: Curve) -> float:
         return win_rate(self.pairs, curve)

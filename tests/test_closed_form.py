@@ -170,7 +170,7 @@ def test_where_the_win_rate_is_one_against_shooting_from_the_top(k, n, kl, down_
     """(6) by an integrator of initial values in log F, from F = 1 down, at the log beta found.
 
     There is one f(1) for which F and u come to 0 together. With more, F is 0 first and f is left over; with less, f
-    falls to 0 where F is not. It is bracketed by bisection, and where both sides of the bracket still agree they are the
+    falls to 0 where F is not. It is bracketed by bisection; where both sides of the bracket still agree they are the
     solution: log f and 1 - u there are ours. The policy is a step that u cannot resolve; 1 - W is down to e^-5000.
     """
     pairs = pairings(kth(k, n))
