@@ -138,7 +138,7 @@ def _kl_near(curve: Curve, log_beta: float | None) -> float:
 # --- What is read off a curve -----------------------------------------------------------------------------------------
 
 
-def points(curve: Curve, count: int = 192) -> tuple[Floats, Floats, Floats, Floats]:
+def points(curve: Curve, count: int = 96) -> tuple[Floats, Floats, Floats, Floats]:
     """Increasing u, F and L at `count` places a panel, and log(1 - u)."""
     inside = np.arange(count) / count
     place = np.append(curve.edges[:-1, None] + np.diff(curve.edges)[:, None] * inside, 1)

@@ -137,8 +137,14 @@ def test_the_optimum_satisfies_its_equations(procedure, opponent, target_kl):
     assert form.kl == pytest.approx(target_kl, rel=1e-10)
     kl = sum(
         quad(lambda u: form.density(u) * form.log_density(u), low, high, epsabs=1e-12, limit=200)[0]
-        for low, high in [(0, 0.5), (0.5, 0.97), (0.97, 0.999), (0.999, 1)]
+        for low, high in [(0, 0.5), (0.5, 0.97), (0.97, 0.999)]
     )
+    # to u = 1 with many nodes on halving intervals: log f(1) is 17 there for best_of(64), and u has few digits to tell
+    x, weight = np.polynomial.legendre.leggauss(200)
+    edges = np.append(1 - 1e-3 * 0.5 ** np.arange(40), 1)
+    width = np.diff(edges)[:, None]
+    u = edges[:-1, None] + width * (1 + x) / 2
+    kl += np.sum(width * weight / 2 * form.density(u) * form.log_density(u))
     assert kl == pytest.approx(target_kl, abs=1e-8)
     assert win_rate_of_cdf(form.cdf, procedure, opponent) == pytest.approx(form.win_rate, abs=1e-8)
 
