@@ -154,7 +154,7 @@ def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
         by_y = share * by_rest + (1 - share) * rest / u
         row = {0: -1 - share * by_cdf - by_y, 1: 1 - by_y, 2: by_y, 4: share}
         return [begins, (row, float(total - log_f + log_cdf))]
-    ratio, slope = float(np.exp(log_cdf - log_f)), float(np.exp(log_slope + log_cdf - log_f))
+    ratio, slope = (float(np.exp(min(one, 700.0))) for one in (log_cdf - log_f, log_slope + log_cdf - log_f))
     by_y = -(1 - slope) * rest - u * slope * by_rest
     row = {0: by_y - ratio - u * slope * (by_cdf + 1), 1: by_y + ratio + u * slope, 2: -by_y, 4: u * slope}
     return [begins, (row, ratio + float(np.expm1(log_rest)) * (1 - slope))]

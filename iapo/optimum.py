@@ -102,7 +102,8 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
         cdf = np.exp(LOWEST_LOG_CDF) + _cumulative(width, np.exp(size * phi))
         return np.minimum(np.log(cdf / cdf[-1]), 0)
 
-    changed = np.abs(log_kernel(pairs, log_cdf_at(size), log_rest) - log_k)[log_k > scale - 5]
+    large = log_k > scale - 5
+    changed = np.abs(log_kernel(pairs, log_cdf_at(size)[large], log_rest[large]) - log_k[large])
     size *= min(1, _MOST_CHANGED / max(np.max(changed), _MOST_CHANGED))  # so that F = u makes a good first guess of k
     log_f, log_cdf = size * phi, log_cdf_at(size)
     s = log_cdf - log_rest + log_f

@@ -21,7 +21,7 @@ class Stationary(Protocol):
     def kl(self) -> float: ...
 
 
-_MOST_STEPS = 300  # that a path may try; the hardest of benchmarks/closed_form.py takes 60
+_MOST_STEPS = 300  # that a path may try; the hardest of benchmarks/closed_form.py takes 66
 _NEXT_TO_ONE = 1 - 1e-6  # win rate, from which on that is why a path ends
 
 S = TypeVar("S", bound=Stationary)
@@ -106,14 +106,14 @@ def _follow(
     ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
     if len(ahead) < len(stops):
         yield stops[0], point
-    factor, before = longest, None
+    factor, before, failed = longest, None, False
     for _ in range(_MOST_STEPS):
         if stops and not ahead:
             return
         target = min(kl * factor, ahead[0]) if ahead else kl * factor
         found = solver.advance(point, target, before)
         if found is None:
-            factor = factor**0.5
+            factor, failed = factor**0.5, True
             if factor < 1.0001:
                 raise _lost(solver, point)
             continue
@@ -122,7 +122,8 @@ def _follow(
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), longest)
+        growth = 0.7 if iterations > 8 else 1 if iterations > 5 else 1.15 if failed else 1.5  # or it fails again
+        factor, failed = min(factor**growth, longest), False
     raise _lost(solver, point)
 
 
