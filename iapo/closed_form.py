@@ -22,6 +22,7 @@ from scipy.optimize import brentq
 from scipy.special import logit, logsumexp
 
 from iapo import optimum as optima
+from iapo.curves import Curve, log_kernel
 from iapo.densities import Density, cells, log_integral
 from iapo.errors import UserError
 from iapo.functionals import Profile, Variation, first_order_of, output_of
@@ -34,6 +35,7 @@ from iapo.transforms import AnyTransform, FirstOrder, Optimal, as_transform
 Floats = NDArray[np.float64]
 Function = Callable[[ArrayLike], Floats]
 _APART = 1e-11  # between values of u that tell a slope of log f to five digits
+_STEEPEST = 300.0  # log of the largest d log f / du that is looked at
 _DEEPEST = -1e9  # log f below which nothing is resolved
 
 
@@ -217,7 +219,7 @@ def _solve(
         best = at_beta(solver, beta) if beta is not None else along(solver, [float(target_kl or 0)])[0]
         density = _profile_density(best) if isinstance(best, Profile) else _density_of(pairs, best)
         scale = float(np.exp(best.log_beta)) if beta is None else beta
-        start = 0.0 if isinstance(best, Profile) else float(best.edges[0])  # of Phi below, in the tail, f is no record
+        start = 0.0 if isinstance(best, Profile) else optima.tail_end(best)  # of Phi below, in the tail, f is no record
         top = density.log_f(np.array(start))
 
         def values(u: ArrayLike) -> Floats:
@@ -276,13 +278,15 @@ def _profile_density(profile: Profile) -> Density:
     return Density(profile, edges, log_mass - logsumexp(log_mass))
 
 
-def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
+def _density_of(pairs: tuple[Pairing, ...], curve: Curve) -> Density:
     """The density of an optimum as a function of u: a cubic spline of log f with the slopes of (5), and its tail."""
-    u, cdf, log_f = optimum.points(between=4)
-    slope = optimum.slopes(pairs, u, cdf, log_f)
-    start = u[0] = optimum.edges[0]
+    u, cdf, log_f, log_rest = optima.points(curve)
+    with np.errstate(divide="ignore"):
+        log_slope = log_kernel(pairs, np.log(cdf), log_rest) - curve.log_beta
+    slope = np.exp(np.minimum(log_slope, _STEEPEST))
+    start = u[0] = optima.tail_end(curve)
     u[-1], cdf[0], cdf[-1] = 1, 0, 1
-    u = np.maximum.accumulate(np.minimum(u, 1))
+    u, cdf, log_f = (np.maximum.accumulate(one) for one in (np.minimum(u, 1), cdf, log_f))
     # near u = 1 points may be closer than u can tell well: those are kept that are apart in u or in log f
     steps = np.floor(np.cumsum(np.r_[0, np.diff(u) / _APART + np.diff(log_f) / 0.01]))
     kept = np.append((np.diff(steps) > 0) & (np.diff(u) > 0), True)
@@ -299,11 +303,11 @@ def _density_of(pairs: tuple[Pairing, ...], optimum: optima.Optimum) -> Density:
         return Density(spline, u, log_mass)
 
     def log_density(u: Floats) -> Floats:
-        return np.where(u < start, optimum.tail(pairs, np.minimum(u, start)), spline(np.maximum(u, start)))
+        return np.where(u < start, optima.tail(pairs, curve, np.minimum(u, start)), spline(np.maximum(u, start)))
 
-    tail = start * cells(lambda x: np.maximum(optimum.tail(pairs, start * x), _DEEPEST), np.empty(0))
-    tail[-1] = start
-    return Density(log_density, np.r_[tail[:-1], u], np.r_[log_integral(log_density, tail[:-1], tail[1:]), log_mass])
+    below = start * cells(lambda x: np.maximum(optima.tail(pairs, curve, start * x), _DEEPEST), np.empty(0))
+    below[-1] = start
+    return Density(log_density, np.r_[below[:-1], u], np.r_[log_integral(log_density, below[:-1], below[1:]), log_mass])
 
 
 def _first_order(pairs: tuple[Pairing, ...]) -> Function:
@@ -312,7 +316,8 @@ def _first_order(pairs: tuple[Pairing, ...]) -> Function:
         return first_order_of(pairs)
 
     def log_slope(u: Floats) -> Floats:
-        return optima.log_kernel(pairs, u, u)
+        with np.errstate(divide="ignore"):
+            return log_kernel(pairs, np.log(u), np.log1p(-u))
 
     edges = cells(log_slope, np.empty(0))
     edges = np.interp(np.arange(0, len(edges) - 0.875, 0.125), np.arange(len(edges)), edges)

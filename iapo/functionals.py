@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_array
 
 from iapo.errors import UserError
 from iapo.procedures import Functional, Pairing
-from iapo.quadrature import NODES, ORDER, nodes, partial_integrals, weights
+from iapo.quadrature import INTEGRALS, NODES, ORDER, nodes, partial_integrals, weights
 
 Floats = NDArray[np.float64]
 
@@ -264,13 +263,31 @@ class _Discrete:
         by_cdf = sum(
             (w * b.density(self.u) * (a.density(up) - a.density(down)) / (up - down) for w, a, b in self.pointwise), 0.0
         )
-        inner, rows = np.diag(self.weights * by_cdf), self.to_cdf
-        if self.functional:
-            loss, values, rows = self._loss()
-            by_all = _hessian(loss, values)
-            by_all[: len(inner), : len(inner)] += inner
-            inner = by_all
-        return -(rows.T @ (csr_array(inner) @ rows)) / self.weights[:, None]  # few of it are not 0
+        diagonal, rows = self.weights * by_cdf, self.to_cdf
+        if not self.functional:
+            return -self._doubled(diagonal) / self.weights[:, None]
+        loss, values, all_rows = self._loss()
+        by_nodes, across, others = _hessian(loss, values)
+        few = all_rows[len(rows) :]
+        mixed = (rows.T @ across) @ few
+        inner = (
+            self._doubled(diagonal + by_nodes) if by_nodes.ndim == 1 else rows.T @ (np.diag(diagonal) + by_nodes) @ rows
+        )
+        return -(inner + mixed + mixed.T + few.T @ others @ few) / self.weights[:, None]
+
+    def _doubled(self, diagonal: Floats) -> Floats:
+        """to_cdf.T @ diag(diagonal) @ to_cdf, for which panels above a node's own count by their weights alone."""
+        panels = np.repeat(np.arange(self.shape[0]), ORDER)
+        d, w = diagonal.reshape(self.shape), self.weights.reshape(self.shape)
+        part = np.diff(self.edges)[:, None, None] * INTEGRALS
+        behind = np.append(np.cumsum(d.sum(axis=1)[::-1])[-2::-1], 0)  # of panels at smaller u
+        both = (w * behind[:, None] + np.sum(d[..., None] * part, axis=1)).ravel()
+        outer = np.outer(both, self.weights)
+        found = np.where(panels[:, None] > panels, outer, outer.T)
+        own = behind[:, None, None] * w[:, :, None] * w[:, None] + np.swapaxes(part, 1, 2) @ (d[..., None] * part)
+        panel = np.arange(self.shape[0])
+        found.reshape(*self.shape, *self.shape)[panel, :, panel] = own
+        return found
 
 
 def _grad(output: Any, inputs: list[Any], create_graph: bool = False) -> list[Any]:
@@ -287,11 +304,12 @@ def _flat(parts: list[Any]) -> Floats:
     return np.concatenate([part.detach().numpy().ravel() for part in parts])
 
 
-def _hessian(loss: Any, values: list[Any]) -> Floats:
-    """The second derivatives of the loss by all the values, one row a backward pass.
+def _hessian(loss: Any, values: list[Any]) -> tuple[Floats, Floats, Floats]:
+    """The second derivatives of the loss, one row a backward pass: by nodes, by nodes and others, by others.
 
     Where the block of the nodes themselves is diagonal, as it is if the output at u depends on F at u and at a few
-    points, its product with one vector is all of it; the product with another, at random, tells.
+    points, its product with one vector is all of it; the product with another, at random, tells. Then the first is
+    given as its diagonal, (nodes,).
     """
     import torch
 
@@ -301,14 +319,11 @@ def _hessian(loss: Any, values: list[Any]) -> Floats:
     diagonal = _flat(_grad(first[0].sum(), values))[:count]
     product = _flat(_grad((first[0] * probe).sum(), values))[:count]
     others = [_flat(_grad(one, values)) for part in first[1:] for one in part.ravel()]
+    by_others = np.reshape(others, (len(others), -1)) if others else np.zeros((0, count))
+    across, few = by_others[:, :count].T, by_others[:, count:]
     if np.allclose(product, diagonal * probe.numpy(), rtol=1e-9, atol=1e-12 * np.max(np.abs(diagonal), initial=0)):
-        hessian = np.zeros((count + len(others), count + len(others)))
-        hessian[range(count), range(count)] = diagonal
-        if others:
-            hessian[count:] = others
-            hessian[:count, count:] = hessian[count:, :count].T
-        return hessian
-    return np.array([_flat(_grad(one, values)) for one in first[0].ravel()] + others)
+        return diagonal, across, few
+    return np.array([_flat(_grad(one, values))[:count] for one in first[0].ravel()]), across, few
 
 
 def _newton(
@@ -351,7 +366,7 @@ def _iterate(
         except np.linalg.LinAlgError:
             return None
         change = max(np.max(np.abs(step[:size]) / (1 + np.abs(log_f))), abs(step[-1]) / 2)
-        if not np.isfinite(change):
+        if not np.isfinite(change) or (iteration > 5 and change > 1):
             return None
         damping = min(1.0, 1 / change)
         moved = profile.log_f + damping * step[:size].reshape(profile.log_f.shape)

@@ -21,7 +21,8 @@ class Stationary(Protocol):
     def kl(self) -> float: ...
 
 
-_MOST_STEPS = 300  # that a path may try; the hardest of benchmarks/closed_form.py takes 60
+_MOST_STEPS = 300  # that a path may try; the hardest of benchmarks/closed_form.py takes 66
+_NEXT_TO_ONE = 1 - 1e-6  # win rate, from which on that is why a path ends
 
 S = TypeVar("S", bound=Stationary)
 
@@ -57,14 +58,15 @@ def along(solver: Solver[S], kls: Sequence[float]) -> list[S]:
 def at_beta(solver: Solver[S], beta: float) -> S:
     """The stationary point at this beta with the largest W - beta KL.
 
-    The path of increasing KL crosses beta at each of them, and ends once 1 - beta KL, a bound, is below the best.
+    The path of increasing KL crosses beta at each of them, and ends once 1 - beta KL, a bound, is below the best: that
+    is, once the KL alone costs more than all that the best still loses, which may be less than 1 - W can tell from 0.
     """
     log_beta = float(np.log(beta))
     point = solver.start(np.inf, log_beta)
     best, best_value = None, -np.inf
     try:
         for kl, following in _follow(solver, point, longest=1.5):  # two crossings within a step would not be seen
-            if 1 - beta * kl < best_value:
+            if best is not None and beta * (kl - best.kl) > 1 - solver.win_rate(best):
                 break
             if (point.log_beta - log_beta) * (following.log_beta - log_beta) <= 0:
                 crossing = _crossing(solver, point, following, log_beta)
@@ -82,11 +84,11 @@ def at_beta(solver: Solver[S], beta: float) -> S:
 def _crossing(solver: Solver[S], low: S, high: S, log_beta: float) -> S:
     """The optimum at log_beta between two optima on either side: Newton, or else halve the interval of KLs."""
     near, far = sorted((low, high), key=lambda point: abs(point.log_beta - log_beta))
-    found = solver.refine(near, log_beta=log_beta)
+    found = solver.refine(near, log_beta=log_beta) or solver.refine(far, log_beta=log_beta)
     if found:
         return found
     middle_kl = float(np.sqrt(low.kl * high.kl))
-    middle = solver.refine(near, kl=middle_kl)
+    middle = solver.refine(near, kl=middle_kl) or solver.refine(far, kl=middle_kl)
     if middle is None:
         raise UserError(f"no optimum was found near {middle_kl:.4g} nats; ask for a smaller KL or a larger beta")
     on_the_near_side = (middle.log_beta - log_beta) * (near.log_beta - log_beta) > 0
@@ -104,14 +106,14 @@ def _follow(
     ahead = [stop for stop in stops if not np.isclose(stop, kl, rtol=1e-12, atol=0)]
     if len(ahead) < len(stops):
         yield stops[0], point
-    factor, before = longest, None
+    factor, before, failed = longest, None, False
     for _ in range(_MOST_STEPS):
         if stops and not ahead:
             return
         target = min(kl * factor, ahead[0]) if ahead else kl * factor
         found = solver.advance(point, target, before)
         if found is None:
-            factor = factor**0.5
+            factor, failed = factor**0.5, True
             if factor < 1.0001:
                 raise _lost(solver, point)
             continue
@@ -120,12 +122,15 @@ def _follow(
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        factor = min(factor ** (1.5 if iterations < 6 else 0.7 if iterations > 8 else 1), longest)
+        growth = 0.7 if iterations > 8 else 1 if iterations > 5 else 1.15 if failed else 1.5  # or it fails again
+        factor, failed = min(factor**growth, longest), False
     raise _lost(solver, point)
 
 
 def _lost(solver: Solver[S], point: S) -> UserError:
+    win_rate = solver.win_rate(point)
+    reason = ", as near 1 as double precision can tell its optimum" if win_rate > _NEXT_TO_ONE else ""
     return UserError(
-        f"no optimum was found beyond {point.kl:.4g} nats, where the win rate is {solver.win_rate(point):.10g}; "
+        f"no optimum was found beyond {point.kl:.4g} nats, where the win rate is {win_rate:.10g}{reason}; "
         "ask for a smaller KL or a larger beta"
     )

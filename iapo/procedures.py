@@ -36,6 +36,10 @@ class Procedure:
         """log h'(p); minus infinity where h' is zero."""
         raise NotImplementedError
 
+    def log_density_of_logs(self, log_p: Floats, log_q: Floats) -> Floats:
+        """log h'(p) from log p and log(1 - p), both finite; worth a formula where p or 1 - p has lost digits."""
+        return self.log_density(np.exp(log_p))
+
     def log_survival(self, p: ArrayLike) -> Floats:
         """log(1 - h(p)); worth a formula of its own where 1 - h becomes smaller than rounding errors of h."""
         with np.errstate(divide="ignore"):
@@ -102,6 +106,9 @@ class BestOf(Procedure):
     def log_density(self, p: ArrayLike) -> Floats:
         return np.log(self.n) + xlogy(self.n - 1, p)
 
+    def log_density_of_logs(self, log_p: Floats, log_q: Floats) -> Floats:
+        return np.log(self.n) + (self.n - 1) * log_p
+
     def __str__(self) -> str:
         return f"best_of({self.n})"
 
@@ -123,6 +130,9 @@ class WorstOf(Procedure):
 
     def log_density(self, p: ArrayLike) -> Floats:
         return np.log(self.n) + xlog1py(self.n - 1, -np.asarray(p, float))
+
+    def log_density_of_logs(self, log_p: Floats, log_q: Floats) -> Floats:
+        return np.log(self.n) + (self.n - 1) * log_q
 
     def __str__(self) -> str:
         return f"worst_of({self.n})"
@@ -151,6 +161,9 @@ class Kth(Procedure):
     def log_density(self, p: ArrayLike) -> Floats:
         p = np.asarray(p, float)
         return xlogy(self.k - 1, p) + xlog1py(self.n - self.k, -p) - betaln(self.k, self.n - self.k + 1)
+
+    def log_density_of_logs(self, log_p: Floats, log_q: Floats) -> Floats:
+        return (self.k - 1) * log_p + (self.n - self.k) * log_q - betaln(self.k, self.n - self.k + 1)
 
     def __str__(self) -> str:
         return f"kth({self.k}, {self.n})"

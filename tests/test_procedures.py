@@ -77,6 +77,22 @@ def test_log_density_keeps_what_the_density_loses():
     assert worst_of(4).log_density(1) == -np.inf
 
 
+@pytest.mark.parametrize("procedure", EVERY, ids=str)
+def test_log_density_from_logarithms_is_the_same(procedure):
+    p = np.linspace(0.01, 0.99, 99)
+    np.testing.assert_allclose(
+        procedure.log_density_of_logs(np.log(p), np.log1p(-p)), procedure.log_density(p), atol=1e-11
+    )
+
+
+def test_log_density_from_logarithms_keeps_what_p_loses():
+    """At 1 - p = e^-100, of which p has nothing; of worst_of(n) log h' = log n + (n - 1) log(1 - p)."""
+    one, far = np.array(-np.exp(-100.0)), np.array(-100.0)
+    assert worst_of(4).log_density_of_logs(one, far) == pytest.approx(np.log(4) - 300)
+    assert kth(2, 4).log_density_of_logs(one, far) == pytest.approx(np.log(12) - 200)
+    assert best_of(4).log_density_of_logs(far, one) == pytest.approx(np.log(4) - 300)
+
+
 @pytest.mark.parametrize(
     ("text", "procedure"),
     [

@@ -1,0 +1,131 @@
+"""Panels for the curves of `iapo.curves`, and where a curve goes as the KL grows.
+
+Where the path goes next is foretold by the tangent of the curve, which Newton gives, moved along the curve so that its
+bends stay at their places in the mesh: as the KL grows they wander, and the straight stretches between them grow.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_banded
+
+from iapo.curves import Curve, defect, interpolate, kernel_slopes, shares
+from iapo.procedures import Pairing
+from iapo.quadrature import ORDER, nodes
+
+Floats = NDArray[np.float64]
+
+ROUGHLY = 3e-4  # of `defect`, on the way
+_LONGEST = 6.0  # panel, in s
+_FINER = 8  # places a panel where `_motion` looks
+_STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
+
+
+def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: float = 0.5) -> Curve:
+    """The same functions on panels that have equal defects, by the order of the collocation, of about a tolerance.
+
+    A panel gives way to at least `fewest`: 1 where defects may be no more than rounding, which tells nothing.
+    """
+    needed = np.clip((defect(pairs, curve) / tolerance) ** (1 / ORDER), fewest, 4)
+    for _ in range(2):  # the next panel is not very different
+        needed[:-1] = np.maximum(needed[:-1], 0.3 * needed[1:])
+        needed[1:] = np.maximum(needed[1:], 0.3 * needed[:-1])
+    needed = np.maximum(needed, np.diff(curve.edges) * curve.length / _LONGEST)
+    position = np.r_[0, np.cumsum(needed)]
+    edges = np.interp(np.linspace(0, position[-1], int(np.ceil(position[-1])) + 1), position, curve.edges)
+    edges[0], edges[-1] = 0, 1
+
+    def on(state: Floats, stages: Floats) -> tuple[Floats, Floats]:
+        at_edges = interpolate(curve.edges, state, stages, edges)
+        at_edges[-1] = state[-1]
+        return at_edges, interpolate(curve.edges, state, stages, nodes(edges))
+
+    state, stages = on(curve.state, curve.stages)
+    tangent = curve.tangent
+    if tangent is not None:
+        state_ahead, stages_ahead = on(tangent.state, tangent.stages)
+        tangent = replace(tangent, state=state_ahead, stages=stages_ahead)
+    return replace(curve, edges=edges, state=state, stages=stages, tangent=tangent)
+
+
+@dataclass(frozen=True, eq=False)
+class _Motion:
+    """How a curve moves as the KL grows, by place, (m,): of (log F, L), (m, 2), and of s."""
+
+    place: Floats
+    values: Floats
+    s: Floats
+    pace: float
+
+
+@lru_cache(maxsize=4)  # a step that fails is tried again, and the next one asks for the pace of the last curve
+def _motion(pairs: tuple[Pairing, ...], rough: Curve) -> tuple[Curve, _Motion]:
+    """A curve on the panels it needs on the way, and its tangent, moved along it.
+
+    So moved that the shares of its three logarithms change little at equal places: least squares, with a price on the
+    slope of the movement, which is none at both ends.
+    """
+    curve = remesh(pairs, rough, ROUGHLY)
+    assert curve.tangent is not None
+    tangent, edges = curve.tangent, curve.edges
+    inside = np.arange(_FINER) / _FINER
+    place = np.append(edges[:-1, None] + np.diff(edges)[:, None] * inside, 1)
+    values, change = curve.at(place), interpolate(edges, tangent.state, tangent.stages, place)
+    log_cdf, log_f = values.T
+    log_rest = curve.log_rest(place, values)
+    log_k, by_cdf, by_rest = kernel_slopes(pairs, log_cdf, log_rest)
+    share, _ = shares(log_cdf, log_f, log_rest, log_k - curve.log_beta)
+    of_s = tangent.first + tangent.length * place
+    of_cdf, of_f = change.T
+    of_rest = of_cdf + of_f - of_s
+    rest, cdf, f = share
+
+    def of_shares(by_rest_of: Floats, by_cdf_of: Floats, by_f_of: Floats, by_beta: float) -> Floats:
+        logs = np.stack([-by_rest_of, by_f_of - by_cdf_of, by_cdf * by_cdf_of + by_rest * by_rest_of - by_beta])
+        return share * (logs - np.sum(share * logs, axis=0))
+
+    as_kl_grows, along = of_shares(of_rest, of_cdf, of_f, tangent.log_beta), of_shares(-rest, cdf, f, 0.0)
+    step = np.diff(place) * curve.length
+    mass = np.r_[step, 0] / 2 + np.r_[0, step] / 2
+    banded = np.zeros((3, len(place)))
+    banded[0, 1:] = banded[2, :-1] = -_STIFFNESS / step
+    banded[1] = mass * np.sum(along**2, axis=0) - banded[0] - banded[2]
+    right = -mass * np.sum(along * as_kl_grows, axis=0)
+    banded[1, [0, -1]], banded[0, 1], banded[2, -2], right[[0, -1]] = 1, 0, 0, 0
+    moved = solve_banded((1, 1), banded, right, check_finite=False)
+    movement = np.stack([of_rest - moved * rest, of_cdf + moved * cdf, of_f + moved * f])
+    pace = float(np.sqrt(np.sum(mass * np.sum(movement**2, axis=0))))
+    return curve, _Motion(place, movement[1:].T, of_s + moved, pace)
+
+
+def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: float) -> Curve | None:
+    """A guess at a larger KL; None if it is no curve. The pace is a power of the KL, by the last two curves."""
+    curve, motion = _motion(pairs, curve)
+    assert curve.tangent is not None
+    power = -0.5
+    if before is not None and before.tangent is not None and before.kl < curve.kl:
+        pace = _motion(pairs, before)[1].pace
+        power = float(np.clip(np.log(motion.pace / pace) / np.log(curve.kl / before.kl), -1.5, 1.5))
+    log_ratio = np.log(kl / curve.kl)
+    more = curve.kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1))
+    values = curve.at(motion.place) + more * motion.values
+    s = np.maximum.accumulate(curve.first + curve.length * motion.place + more * motion.s)
+    length = s[-1] - s[0]
+    if not (np.all(np.isfinite(s)) and np.all(np.isfinite(values)) and length > 0):
+        return None
+    place = (s - s[0]) / length
+    edges = place[::_FINER]
+    apart = np.append(np.diff(edges) > 1e-6, True)  # of those that have met, one is left
+    edges = edges[apart]
+    edges[0] = 0
+
+    def at(places: Floats) -> Floats:
+        """Values at places of the guess: smooth in the place they come from, and that nearly linear in a panel."""
+        source = np.interp(places, place, motion.place)
+        moved = [np.interp(source, motion.place, one) for one in motion.values.T]
+        return curve.at(source) + more * np.stack(moved, axis=-1)
+
+    log_beta = curve.log_beta + more * curve.tangent.log_beta
+    return Curve(edges, at(edges), at(nodes(edges)), float(s[0]), float(length), float(log_beta))
