@@ -300,7 +300,7 @@ def _density_of(pairs: tuple[Pairing, ...], curve: Curve) -> Density:
     start = u[0] = optima.tail_end(curve)
     if start == 1:
         raise UserError(
-            f"the optimum at {curve.kl:.4g} nats is where u cannot be told from 1; ask for a smaller KL or a larger beta"
+            f"the optimum at {curve.kl:.4g} nats is where u cannot be told from 1; ask for less KL or a larger beta"
         )
     u[-1], cdf[0], cdf[-1] = 1, 0, 1
     u, cdf, log_f = (np.maximum.accumulate(one) for one in (np.minimum(u, 1), cdf, log_f))
