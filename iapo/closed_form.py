@@ -150,7 +150,7 @@ def optimal_win_rate(procedure: str | Procedure, opponent: str | Procedure | Non
     """
     policy = as_procedure(procedure)
     against = policy if opponent is None else as_procedure(opponent)
-    if kl >= LEAST_KL:
+    if not kl < LEAST_KL:
         return solve(policy, against, target_kl=float(kl)).win_rate
     start = win_rate_of_cdf(lambda u: np.asarray(u, float), policy, against)
     if kl <= 0:
