@@ -37,6 +37,7 @@ Function = Callable[[ArrayLike], Floats]
 _APART = 1e-11  # between values of u that tell a slope of log f to five digits
 _STEEPEST = 300.0  # log of the largest d log f / du that is looked at
 _DEEPEST = -1e9  # log f below which nothing is resolved
+LEAST_KL = 1e-8  # nats that can be asked for; below, rounding of log f is a part of it
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def solve(
     for name, value in given.items():
         if not (np.isfinite(value) and value > 0):
             raise UserError(f"{name} = {value} given, a finite number above 0 expected")
+    if target_kl is not None and target_kl < LEAST_KL:
+        raise UserError(f"target_kl = {target_kl} given, at least {LEAST_KL:g} nats expected")
     if target_win_rate is not None:
         return _solve(policy, against, phi, None, _kl_at(policy, against, phi, target_win_rate))
     return _solve(policy, against, phi, beta, target_kl)
@@ -141,12 +144,18 @@ def optimal_transform(
 
 
 def optimal_win_rate(procedure: str | Procedure, opponent: str | Procedure | None, kl: float) -> float:
-    """The largest win rate (4) of any policy at this KL (nats); at a KL of 0 or less, that of the reference."""
+    """The largest win rate (4) of any policy at this KL (nats); at a KL of 0 or less, that of the reference.
+
+    In the small-KL limit (7) its gain grows with the square root of the KL, which is used below `LEAST_KL`.
+    """
     policy = as_procedure(procedure)
     against = policy if opponent is None else as_procedure(opponent)
+    if not kl < LEAST_KL:
+        return solve(policy, against, target_kl=float(kl)).win_rate
+    start = win_rate_of_cdf(lambda u: np.asarray(u, float), policy, against)
     if kl <= 0:
-        return win_rate_of_cdf(lambda u: np.asarray(u, float), policy, against)
-    return solve(policy, against, target_kl=float(kl)).win_rate
+        return start
+    return start + (optimal_win_rate(policy, against, LEAST_KL) - start) * float(np.sqrt(kl / LEAST_KL))
 
 
 def frontier(
@@ -159,6 +168,8 @@ def frontier(
     policy = as_procedure(procedure)
     against = policy if opponent is None else as_procedure(opponent)
     grid = np.geomspace(1e-3, 5, 25) if kls is None else np.unique(np.asarray(kls, float))
+    if not (grid.size and np.all(np.isfinite(grid)) and grid[0] >= LEAST_KL):
+        raise UserError(f"kls = {grid.tolist()} given; finite KLs of at least {LEAST_KL:g} nats expected")
     rates = {str(form): _win_rates(policy, against, form, grid) for form in map(as_transform, transforms)}
     return Frontier(policy, against, grid, rates)
 
@@ -200,12 +211,14 @@ def _kl_at(procedure: Procedure, opponent: Procedure, transform: AnyTransform, t
         raise UserError(f"{asked}; more than the reference's own {start:.6g} and less than 1 expected")
     low = high = np.log(0.1)
     try:
-        while excess(low) > 0 and low > np.log(1e-12):
-            low -= np.log(10)
+        while excess(low) > 0 and low > np.log(LEAST_KL):
+            low = max(low - np.log(10), np.log(LEAST_KL))
         while excess(high) < 0:
             low, high = high, high + np.log(3)
     except UserError:
         raise UserError(f"{asked}, not reached by {transform} at {np.exp(low):.3g} nats; ask for less") from None
+    if excess(low) > 0:
+        raise UserError(f"{asked}, which takes less than {LEAST_KL:g} nats; ask for more")
     return float(np.exp(brentq(excess, low, high, xtol=1e-12, rtol=1e-14)))
 
 
@@ -285,6 +298,10 @@ def _density_of(pairs: tuple[Pairing, ...], curve: Curve) -> Density:
         log_slope = log_kernel(pairs, np.log(cdf), log_rest) - curve.log_beta
     slope = np.exp(np.minimum(log_slope, _STEEPEST))
     start = u[0] = optima.tail_end(curve)
+    if start == 1:
+        raise UserError(
+            f"the optimum at {curve.kl:.4g} nats is where u cannot be told from 1; ask for less KL or a larger beta"
+        )
     u[-1], cdf[0], cdf[-1] = 1, 0, 1
     u, cdf, log_f = (np.maximum.accumulate(one) for one in (np.minimum(u, 1), cdf, log_f))
     # near u = 1 points may be closer than u can tell well: those are kept that are apart in u or in log f

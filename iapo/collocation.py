@@ -5,6 +5,8 @@ every panel the stages are linear in what is unknown at its left edge; eliminati
 edges, to which the three numbers and the KL up to an edge belong as well.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_banded
@@ -36,7 +38,7 @@ def newton(
     log_beta: float | None = None,
     tolerance: float = 1e-9,
 ) -> tuple[Curve, int] | None:
-    """The solution at a KL or a log beta, with its tangent, and the iterations it took; None if there is none."""
+    """The solution at a KL, with its tangent, or at a log beta, and the iterations it took; None if there is none."""
     edges, state, stages = curve.edges, curve.state, curve.stages
     first, length, current = curve.first, curve.length, curve.log_beta
     so_far = np.zeros(len(edges))
@@ -65,9 +67,10 @@ def newton(
         first, length, current = (float(x + damping * dx) for x, dx in zip((first, length, current), step, strict=True))
         so_far = so_far + damping * at_edges[:, 5]
         if size < tolerance or previous < size < 1e-6:  # or as close as rounding lets it come
-            tangent = Tangent(ahead[:, :2], _of_edges(local, ahead), *map(float, ahead[0, 2:5]))
-            found = Curve(edges, state, stages, first, length, current, tangent=tangent)
-            return Curve(edges, state, stages, first, length, current, kl_of(pairs, found), tangent), iteration
+            found = Curve(edges, state, stages, first, length, current)
+            by_kl = Tangent(ahead[:, :2], _of_edges(local, ahead), *map(float, ahead[0, 2:5]))
+            tangent = by_kl if log_beta is None else None
+            return replace(found, kl=kl_of(pairs, found), tangent=tangent), iteration
         previous = size
     return None
 
@@ -170,7 +173,7 @@ def _right(curve: Curve) -> list[Row]:
 def _solve_edges(
     transfer: Floats, constant: Floats, left: list[Row], right: list[Row], first_kl: float, target: tuple[int, float]
 ) -> tuple[Floats, Floats]:
-    """The banded system of the edges: their change, and the tangent of it by the KL (or log beta), (n + 1, 6) each.
+    """The banded system of the edges: their change, and its derivative by the target (KL or log beta), (n + 1, 6) each.
 
     A banded LU with pivoting is stable where multiplying the transfer matrices (shooting) is not.
     """

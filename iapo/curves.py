@@ -45,7 +45,7 @@ _AMPLIFIED = np.max(np.sum(np.abs(_SLOPES), axis=1))  # by the slope of a panel 
 
 @dataclass(frozen=True, eq=False)
 class Tangent:
-    """The derivative of a curve and its numbers by the KL, at equal places."""
+    """The derivatives of a curve by the KL (nats), each under its name in `Curve`, at equal places."""
 
     state: Floats
     stages: Floats
@@ -59,7 +59,8 @@ class Curve:
     """A stationary point of W - beta KL, or a guess at one.
 
     edges: (n + 1,) panel edges as places from 0 to 1, where s = first + length * place. state: (n + 1, 2) and stages:
-    (n, ORDER, 2) hold (log F, L) at the edges and at the Gauss nodes. kl: (2), in nats.
+    (n, ORDER, 2) hold (log F, L) at the edges and at the Gauss nodes. kl: (2), in nats. tangent: by the KL, for a
+    solution at a KL.
     """
 
     edges: Floats

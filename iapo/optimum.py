@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from iapo.collocation import newton
 from iapo.curves import LOWEST_LOG_CDF, LOWEST_LOG_REST, Curve, defect, kernel_slopes, log_kernel, win_rate
+from iapo.errors import UserError
 from iapo.meshes import ROUGHLY, ahead, remesh
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import nodes
@@ -120,7 +121,10 @@ def _start(pairs: tuple[Pairing, ...], kl: float, log_beta: float | None = None)
 
     guess = Curve(edges, at(edges), at(nodes(edges)), s[0], s[-1] - s[0], float(np.log(spread / size) + scale))
     found = newton(pairs, guess, kl=size**2 / 2)
-    assert found is not None
+    if found is None:
+        raise UserError(
+            f"no optimum was found near the reference, at {size**2 / 2:.4g} nats; ask for a larger KL or a smaller beta"
+        )
     return found[0]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, betaincc, betaln, xlog1py, xlogy
+from scipy.special import betainc, betaincc, betaln, gammaln, logsumexp, xlog1py, xlogy
 
 from iapo.errors import UserError
 from iapo.syntax import Reader, number
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Floats = NDArray[np.float64]
+MOST_SAMPLES = 65_536  # that a procedure may draw; the solver of `iapo.optimum` was tried up to here
+_LEAST = 1e-290  # of a survival function, below which it has lost its digits
 
 
 class Procedure:
@@ -155,8 +157,19 @@ class Kth(Procedure):
         return betainc(self.k, self.n - self.k + 1, p)
 
     def log_survival(self, p: ArrayLike) -> Floats:
+        p = np.asarray(p, float)
+        survival = np.asarray(betaincc(self.k, self.n - self.k + 1, p))
+        lost = survival < _LEAST
         with np.errstate(divide="ignore"):
-            return np.log(betaincc(self.k, self.n - self.k + 1, p))
+            found = np.array(np.log(survival))
+        found[lost] = self._log_of_fewer(p[lost])
+        return found
+
+    def _log_of_fewer(self, p: Floats) -> Floats:
+        """log P(fewer than k of n are below p), by their sum."""
+        j = np.arange(self.k)
+        ways = gammaln(self.n + 1) - gammaln(j + 1) - gammaln(self.n - j + 1)
+        return logsumexp(ways + xlogy(j, p[..., None]) + xlog1py(self.n - j, -p[..., None]), axis=-1)
 
     def log_density(self, p: ArrayLike) -> Floats:
         p = np.asarray(p, float)
@@ -215,7 +228,7 @@ class EarlyStop(Functional):
         import torch
 
         q, p = cdf(self.tau), cdf(u)
-        draws = (1 - q**self.n) / (1 - q)  # their expected number
+        draws = (q ** torch.arange(self.n)).sum()  # their expected number, (1 - q^n) / (1 - q) unless q is 1
         return torch.where(u < self.tau, p**self.n, 1 - (1 - p) * draws)
 
     def cdf(self, p: ArrayLike) -> Floats:
@@ -228,7 +241,7 @@ class EarlyStop(Functional):
 
     @property
     def _draws(self) -> float:
-        return (1 - self.tau**self.n) / (1 - self.tau)
+        return float(np.sum(self.tau ** np.arange(self.n)))
 
     def __str__(self) -> str:
         return f"early_stop({self.n}, {number(self.tau)})"
@@ -376,5 +389,5 @@ def _parts(procedure: Procedure) -> tuple[tuple[float, Procedure], ...]:
 
 
 def _require_count(name: str, parameter: str, value: int) -> None:
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise UserError(f"{name}: {parameter} = {value} given, a whole number of at least 1 expected")
+    if not isinstance(value, int | np.integer) or not 1 <= value <= MOST_SAMPLES:
+        raise UserError(f"{name}: {parameter} = {value} given, a whole number from 1 to {MOST_SAMPLES} expected")

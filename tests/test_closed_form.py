@@ -1,6 +1,7 @@
 """The closed form by other routes: golden values, exact formulas, brute-force optimization, and its own equations."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -325,13 +326,31 @@ def test_optimal_win_rate_at_no_kl_is_the_references():
     assert optimal_win_rate("best_of(4)", "best_of(4)", 0.5) == optimal_transform("best_of(4)", target_kl=0.5).win_rate
 
 
+@pytest.mark.parametrize(("procedure", "opponent"), [("best_of(4)", None), ("worst_of(32)", "sample")])
+def test_below_the_least_kl_the_gain_is_that_of_first_order(procedure, opponent):
+    """(7): the gain is the deviation of Phi under the reference times the root of 2 KL."""
+    phi = solve(procedure, opponent, "first_order", target_kl=0.1).transform_values
+    x, weight = np.polynomial.legendre.leggauss(400)
+    values = phi((1 + x) / 2)
+    spread = np.sqrt(np.average((values - np.average(values, weights=weight)) ** 2, weights=weight))
+    start = optimal_win_rate(procedure, opponent, 0)
+    for kl in (1e-7, 1e-8, 5e-9, 1e-12):
+        gain = optimal_win_rate(procedure, opponent, kl) - start
+        assert gain == pytest.approx(spread * np.sqrt(2 * kl), rel=2e-3, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "exactly one of target_kl (nats), beta and target_win_rate expected"),
         ({"beta": 1.0, "target_kl": 1.0}, "exactly one of target_kl (nats), beta and target_win_rate expected"),
         ({"target_kl": 0.0}, "target_kl = 0.0 given"),
+        ({"target_kl": 1e-12}, "at least 1e-08 nats expected"),
         ({"beta": -1.0}, "beta = -1.0 given"),
+        ({"beta": 1e9}, "no optimum was found near the reference"),
+        ({"beta": 1e-200}, "where u cannot be told from 1"),
+        ({"target_win_rate": 0.5 + 1e-9}, "takes less than 1e-08 nats"),
+        ({"transform": "identity", "target_win_rate": 0.5 + 1e-9}, "takes less than 1e-08 nats"),
         ({"target_kl": float("nan")}, "target_kl = nan given"),
         ({"transform": "table(0, 1, 1)", "target_kl": 1.0}, "more than table(0, 1, 1) can reach"),
     ],
@@ -341,3 +360,21 @@ def test_errors(arguments, message):
         solve("best_of(4)", **arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kls", [[], [0, 1], [-1.0], [np.inf], [1e-12, 1]])
+def test_a_frontier_is_of_kls_that_can_be_asked_for(kls):
+    with pytest.raises(UserError, match="finite KLs of at least 1e-08 nats expected"):
+        frontier("best_of(4)", kls=kls)
+
+
+def test_a_tail_that_only_its_logarithm_can_tell_from_zero():
+    """Below u = 0.99 the opponent's 1 - h_b is down to e^-741, and beta is e^-822."""
+    procedure, opponent = parse_procedure("0.06 sample + 0.94 kth(18, 196)"), kth(1, 161)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_f = solve(procedure, opponent, target_kl=5.084).log_density([0, 0.5, 0.99, 0.999])
+    assert np.all(np.isfinite(log_f)) and np.all(np.diff(log_f) >= 0)
+    log_beta = along(Collocation(pairings(procedure, opponent)), [5.084])[0].log_beta
+    rise = np.log(0.06) + 161 * np.log(0.01)  # (5) with F = 0, which leaves the sample's part
+    assert np.log(-log_f[2]) == pytest.approx(rise - log_beta, abs=1e-3)

@@ -237,6 +237,14 @@ def test_errors(text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_policy_that_never_reaches_the_threshold_has_the_best_of_n():
+    """Its F(tau) is 1 to double precision: (1 - q^n) / (1 - q) is n."""
+    form = solve("early_stop(8, 0.9)", transform="table(1, 0, 0)", target_kl=20)
+    assert form.cdf(0.9) == 1
+    below = float(form.win_rate_under("best_of(8)", "early_stop(8, 0.9)"))
+    assert form.win_rate == pytest.approx(below, abs=1e-15)
+
+
 def test_a_kl_where_the_win_rate_is_next_to_one_is_refused():
     with pytest.raises(UserError, match=r"no optimum was found beyond .* nats, where the win rate is 0\.99999"):
         solve("early_stop(64, 0.95)", target_kl=10)

@@ -1,6 +1,6 @@
 """Procedures: each h against its definition by enumeration, and the text form."""
 
-from math import comb, exp, factorial
+from math import comb, exp, factorial, log
 
 import numpy as np
 import pytest
@@ -39,6 +39,16 @@ def at_least(k, n, p):
 @pytest.mark.parametrize(("procedure", "k", "n"), [(best_of(4), 4, 4), (worst_of(4), 1, 4), (kth(3, 5), 3, 5)])
 def test_order_statistics_against_enumeration_of_how_many_samples_are_below(procedure, k, n):
     np.testing.assert_allclose(procedure.cdf(P), at_least(k, n, P), atol=1e-14)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 161), (3, 5), (18, 196), (512, 1024)])
+def test_the_log_survival_of_an_order_statistic_where_survival_is_no_number(k, n):
+    """By the exact sum over how many of n are below p, in whole numbers; at p = 0.9999 down to e^-4,700."""
+    p, parts = np.array([0.3, 0.9, 0.9999]), np.array([3000, 9000, 9999])
+    exact = [sum(comb(n, j) * int(x) ** j * (10_000 - int(x)) ** (n - j) for j in range(k)) for x in parts]
+    expected = [log(whole) - n * log(10_000) for whole in exact]
+    np.testing.assert_allclose(kth(k, n).log_survival(p), expected, rtol=1e-11, atol=1e-11)
+    assert kth(k, n).log_survival(1.0) == -np.inf
 
 
 def test_best_of_poisson_is_the_average_over_the_number_of_draws():
@@ -126,6 +136,7 @@ def test_spaces_and_number_formats_do_not_matter(text):
         ("best_of(4) & sample", "character 12: unexpected '&'"),
         ("best_of(x)", "character 9: expected a number, found 'x'"),
         ("best_of(0)", "character 1: best_of: n = 0 given"),
+        ("best_of(1e300)", "a whole number from 1 to 65536 expected"),
         ("best_of(2.5)", "character 1: best_of: n = 2.5 given"),
         ("best_of", "character 1: best_of needs best_of(n), 0 given"),
         ("sample(3)", "character 1: sample takes no arguments, 1 given"),
