@@ -1,6 +1,6 @@
 """The results of benchmarks/quality.py as a picture: a panel for each setting, procedure and KL.
 
-    python benchmarks/quality_plot.py RESULT.json ... --plot docs/images/results.png
+python benchmarks/quality_plot.py RESULT.json ... --plot docs/images/results.png
 """
 
 import argparse

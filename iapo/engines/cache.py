@@ -18,6 +18,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values, with those of new tokens at the end."""
+        assert self.keys is not None and self.values is not None  # it is made of a filled layer
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if self.stored is None or after > self.stored[0].shape[-2]:
