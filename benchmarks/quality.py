@@ -6,9 +6,9 @@ SETTING: `enumerable` (KL and win rate are exact: benchmarks/enumerable.py), `bu
 `gsm8k` (small models trained on the data set PATH: benchmarks/hh.py, benchmarks/gsm8k.py).
 
 Methods: iapo with the optimal transform, exp_tilt(10), identity and log (these two are QRPO's), and TRL's DPO, IPO and
-KTO, each with every beta of --betas. Every adapter is then scaled to every KL as `iapo train` does it, by KL alone
-(optimal: trained for that KL and procedure), so all methods are compared at the same KL. Of a method's adapters the
-one that wins most on the held-out prompts stands for it, which favours those with several.
+KTO, each with every beta of --betas. iapo's are trained for each KL (optimal: for each procedure too), and every
+adapter is scaled to the KL asked for as `iapo train` does it, by KL alone: so all methods are compared at the same KL.
+Of a method's adapters the one that wins most on the held-out prompts stands for it, which favours those with several.
 
 `of gain`: (win rate − identity's closed form) / (closed form − identity's closed form), at the measured KL.
 `optimal −`: how much more the optimal transform wins, with the 95 % interval of a bootstrap over prompts of the
@@ -157,22 +157,20 @@ def setting_sections(args: argparse.Namespace) -> dict[str, Any]:
 
 def train_all(args: argparse.Namespace, samples: Path) -> Iterator[Trained]:
     """Every method with every knob at every KL, on the samples of one run; what was trained before is not again."""
-    middle = sorted(args.kls)[len(args.kls) // 2]
     for transform in args.transforms:
-        wanted = [(args.procedures[0], middle)] if transform != OPTIMAL else product(args.procedures, args.kls)
-        for procedure, kl in wanted:
+        procedures = args.procedures if transform == OPTIMAL else args.procedures[:1]
+        for procedure, kl in product(procedures, args.kls):
             run = args.out / file_name(f"iapo-{transform}-{procedure}-{kl:g}")
             if not run.exists():
                 shutil.copytree(samples, run)
             config = configuration(args, run, transform, procedure, kl)
             run_stage("train", config)
             target = procedure if transform == OPTIMAL else ""
-            for other in [kl] if transform == OPTIMAL else args.kls:
-                yield scaled(config, run / "adapter", Trained(transform, f"trained for {kl:g}", target, other))
+            yield scaled(config, run / "adapter", Trained(transform, f"trained for {kl:g}", target, kl))
     for method in args.baselines:
         for beta in args.betas:
             adapter = args.out / file_name(f"{method}-{beta:g}")
-            config = configuration(args, samples, OPTIMAL, args.procedures[0], middle)
+            config = configuration(args, samples, OPTIMAL, args.procedures[0], args.kls[0])
             if not (adapter / "adapter_config.json").exists():
                 train_baseline(method, beta, config, adapter)
             for kl in args.kls:
