@@ -41,7 +41,7 @@ from iapo.atoms import atom_kl, atom_log_density, atom_win_rate  # noqa: E402
 from iapo.closed_form import optimal_win_rate, solve  # noqa: E402
 from iapo.config import Config, make_config  # noqa: E402
 from iapo.estimators import mean_over_prompts  # noqa: E402
-from iapo.evaluate import prompt_win_rates, tied_levels  # noqa: E402
+from iapo.evaluate import HIGHEST_KL, prompt_win_rates, tied_levels  # noqa: E402
 from iapo.pipeline import run_stage  # noqa: E402
 from iapo.procedures import pairings, parse_procedure  # noqa: E402
 from iapo.store import read_table, write_json  # noqa: E402
@@ -107,9 +107,10 @@ class Measured:
         return (self.win_rate - self.reference) / (self.closed_form - self.reference)
 
     @property
-    def of_gain(self) -> float:
+    def of_gain(self) -> float | None:
         """Gain over the optimum for plain win rate, as a share of what is possible; below 0 if it wins less."""
-        return (self.win_rate - self.identity) / (self.closed_form - self.identity)
+        possible = self.closed_form - self.identity
+        return (self.win_rate - self.identity) / possible if possible > 0 else None
 
 
 # --- Settings -------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def plain_win_rate(procedure: str, kl: float, levels: tuple[tuple[float, ...], .
     levels and untied: `evaluate.tied_levels`; where rewards tie, plain win rate has its optimum on the prompts' levels.
     """
     if not levels:
-        return solve(procedure, None, "identity", target_kl=kl).win_rate
+        return solve(procedure, None, "identity", target_kl=min(kl, HIGHEST_KL)).win_rate
     masses = np.array(levels)
     share = len(masses) / (len(masses) + untied)
 
@@ -274,9 +275,14 @@ def plain_win_rate(procedure: str, kl: float, levels: tuple[tuple[float, ...], .
 
 
 def best_of_each(found: list[Measured]) -> list[Measured]:
-    """The adapter of each procedure, KL, split and method that wins most, in that order and by win rate."""
+    """The adapter of each procedure, KL, split and method that wins most, in that order and by win rate.
+
+    One whose KL on held-out prompts is not within a quarter of the KL asked for stands for nothing.
+    """
     best: dict[tuple[str, float, str, str], Measured] = {}
     for one in found:
+        if one.split == "holdout" and abs(one.kl / one.asked_kl - 1) > 0.25:
+            continue
         key = (one.procedure, one.asked_kl, one.split, one.method)
         if key not in best or one.win_rate > best[key].win_rate:
             best[key] = one
@@ -292,7 +298,8 @@ def print_table(chosen: list[Measured], seed: int) -> None:
         interval = f"{one.win_rate:.3f} [{one.win_rate_low:.3f}, {one.win_rate_high:.3f}]"
         line = f"{one.procedure:<13}{one.asked_kl:>6g} {one.split:<8} {one.method:<13}"
         line += f"{one.kl:>8.3f} ± {one.kl_se:.3f}{interval:>23}"
-        line += f"{one.closed_form:>12.3f}{one.kl_efficiency:>11.3f}{one.identity:>9.3f}{one.of_gain:>8.2f}"
+        line += f"{one.closed_form:>12.3f}{one.kl_efficiency:>11.3f}{one.identity:>9.3f}"
+        line += f"{'-' if one.of_gain is None else format(one.of_gain, '.2f'):>8}"
         ours = optimal.get((one.procedure, one.asked_kl, one.split))
         if ours is not None and ours is not one:
             apart = mean_over_prompts(np.subtract(ours.prompt_win_rates, one.prompt_win_rates), seed)

@@ -48,11 +48,12 @@ class Scale:
 def kl_estimate(log_ratios: Floats) -> tuple[float, float]:
     """KL in nats and its standard error, from Δ of the policy's own samples: [prompts, samples].
 
-    E_π[e^−Δ] = 1 exactly, so e^−Δ − 1 is a control variate of Δ with a known mean; its coefficient is fitted.
+    E_π[e^−Δ] = 1 exactly, so e^−Δ − 1 is a control variate of Δ with a known mean; its coefficient is fitted. Far from
+    the reference no sample shows the rare large e^−Δ that make up that mean: then Δ is taken as it is.
     """
     known = np.exp(np.minimum(-log_ratios, 100.0)) - 1  # so that no broken policy makes it infinite
-    spread = known.var()
-    coefficient = np.mean((log_ratios - log_ratios.mean()) * known) / spread if spread > 0 else 0.0
+    spread, useful = known.var(), abs(known.mean()) < 0.5
+    coefficient = np.mean((log_ratios - log_ratios.mean()) * known) / spread if spread > 0 and useful else 0.0
     by_prompt = (log_ratios - coefficient * known).mean(axis=1)
     return float(by_prompt.mean()), float(by_prompt.std() / np.sqrt(len(by_prompt)))
 

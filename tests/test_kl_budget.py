@@ -22,6 +22,12 @@ def test_a_policy_that_is_the_reference_has_no_kl() -> None:
     assert kl_estimate(np.zeros((4, 8))) == (0.0, 0.0)
 
 
+def test_far_from_the_reference_the_log_ratios_speak_for_themselves() -> None:
+    """No sample of Δ ~ N(κ, 2κ) shows the e^−Δ that its mean of 1 consists of: it would be noise as a control."""
+    draws = np.random.default_rng(0).normal(80, np.sqrt(160), (96, 16))
+    assert kl_estimate(draws)[0] == pytest.approx(draws.mean())
+
+
 @pytest.mark.parametrize(("scale", "power"), [(0.1, 2.0), (4.0, 1.6), (0.02, 2.6)])
 def test_factor_is_found_in_few_tries(scale: float, power: float) -> None:
     tries = []
