@@ -22,7 +22,9 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for result in results:
         for record in result["measured"]:
-            split = ", trained prompts" if record["split"] == "train" else ""
+            if not record["met"]:
+                continue
+            split = ", trained on" if record["split"] == "train" else ""
             title = f"{result['setting']}{split}: {record['procedure']}, {record['asked_kl']:g} nats"
             methods = found.setdefault(title, {})
             if record["win_rate"] > methods.get(record["method"], record | {"win_rate": -1.0})["win_rate"]:
