@@ -130,7 +130,5 @@ def _follow(
 def _lost(solver: Solver[S], point: S) -> UserError:
     win_rate = solver.win_rate(point)
     reason = ", as near 1 as double precision can tell its optimum" if win_rate > _NEXT_TO_ONE else ""
-    return UserError(
-        f"no optimum was found beyond {point.kl:.4g} nats, where the win rate is {win_rate:.10g}{reason}; "
-        "ask for a smaller KL or a larger beta"
-    )
+    there = f", where the win rate is {win_rate:.10g}{reason}" if 0 <= win_rate <= 1 else ""  # the point is a rough one
+    return UserError(f"no optimum was found beyond {point.kl:.4g} nats{there}; ask for a smaller KL or a larger beta")
