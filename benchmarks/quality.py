@@ -326,6 +326,8 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     parser.add_argument("--sections", default="{}", help="JSON of sections over the setting's own")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.setting in ("hh", "gsm8k") and args.data is None:
+        parser.error(f"{args.setting} needs --data, where the data set lies")
     args.procedures = [str(parse_procedure(text)) for text in args.procedures]
     args.out = args.out.resolve() / f"{args.setting}-{args.seed}"
     os.chdir(ROOT)  # where reward functions are looked for
