@@ -46,7 +46,6 @@ from iapo.pipeline import run_stage  # noqa: E402
 from iapo.procedures import pairings, parse_procedure  # noqa: E402
 from iapo.store import read_table, write_json  # noqa: E402
 
-SHARED = ("prompts", "sample", "score", "calibrate", "ref_logprobs")
 OPTIMAL = "optimal"
 SETTINGS: dict[str, dict[str, Any]] = {
     "enumerable": {
@@ -332,7 +331,7 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     args.out = args.out.resolve() / f"{args.setting}-{args.seed}"
     os.chdir(ROOT)  # where reward functions are looked for
     samples = args.out / "samples"
-    for stage in SHARED:
+    for stage in hh.SHARED:
         run_stage(stage, configuration(args, samples, OPTIMAL, args.procedures[0], args.kls[0]))
     trained = list(train_all(args, samples))
     measured = list((measure_exactly if args.setting == "enumerable" else measure)(args, samples, trained))
