@@ -28,7 +28,7 @@ from iapo.calibrate import Floats, held_out_prompts, ks_distance, place, spread_
 from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
-from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
+from iapo.estimators import kl_estimate, mean_over_prompts, order_weights, prompt_win_rate
 from iapo.levels import draw_masses
 from iapo.procedures import Procedure, has_functional, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
@@ -130,19 +130,19 @@ def calibrated_rewards(table: pd.DataFrame, reference: dict[str, Floats]) -> Flo
 def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -> dict[str, Any]:
     """The content of metrics.json.
 
-    `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (mean Δ over
-    the policy's own samples, nats) and kl_se (over prompts), win_rate with its 95 % bootstrap interval over prompts,
-    reference_win_rate (W₀: ½ if the opponent has the same procedure), closed_form_win_rate (the optimum at the measured
-    KL, of equation (4), or of (8) on prompts where most reference samples tie, see `iapo.levels`), kl_efficiency =
-    (win_rate − W₀) / (closed_form_win_rate − W₀). Both are null where the KL is not above its error or the closed form
-    cannot be solved at it, and the latter where nothing can be won: all rewards are equal. `uniformity`: KS distance of
-    fresh base samples from the uniform distribution that calibration promises.
+    `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (nats, by
+    `estimators.kl_estimate` from the policy's own samples) and kl_se (over prompts), win_rate with its 95 % bootstrap
+    interval over prompts, reference_win_rate (W₀: ½ if the opponent has the same procedure), closed_form_win_rate (the
+    optimum at the measured KL, of equation (4), or of (8) on prompts where most reference samples tie, see
+    `iapo.levels`), kl_efficiency = (win_rate − W₀) / (closed_form_win_rate − W₀). Both are null where the KL is not
+    above its error or the closed form cannot be solved at it, and the latter where nothing can be won: all rewards are
+    equal. `uniformity`: KS distance of fresh base samples from the uniform distribution that calibration promises.
     """
     records = []
     ties = tied_levels([reference[name] for name in table["prompt_id"].unique()], config.seed)
     for policy, rows in table.groupby("policy", sort=False):
-        ratios = rows.groupby("prompt_id")["log_ratio"].mean().to_numpy()
-        kl = mean_over_prompts(ratios, config.seed)
+        ratios = rows.pivot(index="prompt_id", columns="sample_id", values="log_ratio").to_numpy()
+        kl, kl_se = kl_estimate(ratios)
         for procedure, opponent in procedures(config):
             record = {
                 "name": policy,
@@ -150,13 +150,13 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 "opponent": str(opponent),
                 "prompts": len(ratios),
                 "samples_per_prompt": config.evaluate.samples_per_prompt,
-                "kl": kl.value,
-                "kl_se": kl.se,
+                "kl": kl,
+                "kl_se": kl_se,
             }
             win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
             start = best_win_rate(procedure, opponent, 0, ties)
-            moved = has_moved(kl.value, kl.se)
-            optimum = closed_form_win_rate(procedure, opponent, kl.value, ties) if moved else None
+            moved = has_moved(kl, kl_se)
+            optimum = closed_form_win_rate(procedure, opponent, kl, ties) if moved else None
             gain = 0.0 if optimum is None else optimum - start
             records.append(
                 record

@@ -18,6 +18,7 @@ import torch
 from iapo.calibrate import held_out_prompts
 from iapo.config import Config
 from iapo.engines.transformers import configured_engine
+from iapo.estimators import kl_estimate
 from iapo.logprobs import log_ratios_of
 from iapo.models import context_length, load_policy, load_tokenizer, prompt_token_ids
 from iapo.sample import fits
@@ -43,19 +44,6 @@ class Scale:
     kl: float
     kl_se: float
     kl_before: float
-
-
-def kl_estimate(log_ratios: Floats) -> tuple[float, float]:
-    """KL in nats and its standard error, from Δ of the policy's own samples: [prompts, samples].
-
-    E_π[e^−Δ] = 1 exactly, so e^−Δ − 1 is a control variate of Δ with a known mean; its coefficient is fitted. Far from
-    the reference no sample shows the rare large e^−Δ that make up that mean: then Δ is taken as it is.
-    """
-    known = np.exp(np.minimum(-log_ratios, 100.0)) - 1  # so that no broken policy makes it infinite
-    spread, useful = known.var(), abs(known.mean()) < 0.5
-    coefficient = np.mean((log_ratios - log_ratios.mean()) * known) / spread if spread > 0 and useful else 0.0
-    by_prompt = (log_ratios - coefficient * known).mean(axis=1)
-    return float(by_prompt.mean()), float(by_prompt.std() / np.sqrt(len(by_prompt)))
 
 
 def find_factor(kl_of: Callable[[float], tuple[float, float]], target_kl: float) -> Scale:

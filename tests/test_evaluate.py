@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from iapo.config import load_config
 from iapo.errors import UserError
+from iapo.estimators import kl_estimate
 from iapo.evaluate import (
     HIGHEST_KL,
     base_ks_distance,
@@ -38,10 +39,19 @@ def config(tiny_run):
 
 
 def table(rewards: dict[tuple[str, str], list[float]], ratios: dict[str, float]) -> pd.DataFrame:
-    """rewards: (policy, prompt) -> rewards of its samples; ratios: the log-ratio of every sample of a prompt."""
+    """rewards: (policy, prompt) -> rewards of its samples; ratios: the mean log-ratio of the samples of a prompt.
+
+    Log-ratios alternate between two values such that the mean of e^-log_ratio is 1, as it is of a policy's own samples.
+    """
     return pd.DataFrame(
         [
-            {"policy": policy, "prompt_id": prompt, "sample_id": number, "reward": reward, "log_ratio": ratios[prompt]}
+            {
+                "policy": policy,
+                "prompt_id": prompt,
+                "sample_id": number,
+                "reward": reward,
+                "log_ratio": ratios[prompt] + (-1) ** number * np.arccosh(np.exp(ratios[prompt])),
+            }
             for (policy, prompt), values in rewards.items()
             for number, reward in enumerate(values)
         ]
@@ -79,6 +89,21 @@ def test_metrics_by_hand(config):
         assert 0 < gain < 0.5 and trained["kl_efficiency"] == pytest.approx(0.25 / gain)
 
 
+def test_the_kl_is_estimated_with_a_control_variate_over_prompts(config):
+    """Rows in any order; the plain mean of the log-ratios is another number, with twice the error."""
+    ratios = np.random.default_rng(0).normal(0.1, 0.2**0.5, (40, 16))
+    reference = {f"p{n:02}": np.arange(16.0) for n in range(40)}
+    made = table({(p, q): list(range(16)) for p in ("base", "trained") for q in reference}, dict.fromkeys(reference, 0))
+    made = made.assign(log_ratio=np.r_[0 * ratios.ravel(), ratios.ravel()]).sample(frac=1, random_state=0)
+    base, trained = (
+        {r["name"]: r for r in metrics(config, made, reference)["policies"]}[p] for p in ("base", "trained")
+    )
+    assert (base["kl"], base["kl_se"]) == (0, 0)
+    assert (trained["kl"], trained["kl_se"]) == pytest.approx(kl_estimate(ratios))
+    assert trained["kl_se"] < 0.5 * ratios.mean(axis=1).std() / 40**0.5
+    assert abs(trained["kl"] - 0.1) < 4 * trained["kl_se"]
+
+
 def test_metrics_of_a_verifier_are_against_the_optimum_of_its_levels(config):
     """Pass rates of about 0.2 under best_of(4): 0.670528 is the most at 0.207235 nats (test_atoms)."""
     fifth = np.repeat([0.0, 1.0], [4000, 1000])
@@ -105,8 +130,9 @@ def test_nothing_to_win_has_no_efficiency(config):
 
 
 def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
-    made = MADE.assign(log_ratio=[-0.1] * 4 + [0.12] * 4 + [-0.1] * 4 + [0.12] * 4)
-    found = metrics(config, made, REFERENCE)["policies"]
+    samples = {(policy, prompt): [0.0, 1.0, 5.0, 0.0] for policy in ("base", "trained") for prompt in "ab"}
+    found = metrics(config, table(samples, {"a": 0.0, "b": 0.02}), REFERENCE)["policies"]
+    assert [(r["kl"], r["kl_se"]) for r in found] == [pytest.approx((0.01, 0.01))] * len(found)
     assert all(r["closed_form_win_rate"] is None and r["kl_efficiency"] is None for r in found)
     json.dumps(found, allow_nan=False)
 
