@@ -10,7 +10,10 @@ R_j of the reference and F_j of the policy, ties counting one half,
 With a binary verifier best_of(n) is pass@n.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,13 +22,33 @@ from scipy.optimize import brentq
 from iapo.closed_form import ClosedForm, optimal_win_rate, solve
 from iapo.errors import UserError
 from iapo.procedures import Pairing, Procedure, has_functional, pairings
-from iapo.transforms import Optimal
+from iapo.transforms import AnyTransform, Optimal
 
 Floats = NDArray[np.float64]
 _SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
 _HALVINGS = 60
 _NEGLIGIBLE = 1e-6  # of the win rate
+_LEAST_LOG_BETA = -25.0
 _GOLDEN, _GOLDEN_STEPS = (5**0.5 - 1) / 2, 25
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts of which some have rewards that tie, as `prompts_with` makes it; all shares sum to 1."""
+
+    masses: Floats
+    """(patterns, atoms), distinct, in increasing order of reward, padded with zeros; each sums to 1."""
+    share: Floats
+    """(patterns,): of the prompts, how many have it."""
+    untied: float
+    """The share of the prompts to which (8) does not apply; they have the closed form."""
+
+
+class Means(NamedTuple):
+    """Over prompts."""
+
+    kl: float
+    win_rate: float
 
 
 def tie_pattern(rewards: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -100,45 +123,123 @@ def atom_kl(masses: ArrayLike, log_f: ArrayLike) -> Floats:
     return np.sum(masses / masses.sum(axis=1, keepdims=True) * np.exp(log_f) * log_f, axis=1)
 
 
+def prompts_with(masses: ArrayLike, untied: int) -> Prompts:
+    """masses: (prompts, atoms), as in `atom_log_density`, of prompts to which (8) applies; untied: how many more."""
+    rows, inverse = np.unique(np.asarray(masses, float), axis=0, return_inverse=True)
+    total = inverse.size + untied
+    share = np.bincount(inverse.ravel(), minlength=len(rows)) / total
+    return Prompts(rows / rows.sum(axis=1, keepdims=True), share, untied / total)
+
+
+def means_of(prompts: Prompts, form: ClosedForm) -> Means:
+    """KL (nats) and win rate, means over prompts, of what `atom_log_density` makes of this closed form.
+
+    The win rate is NaN for functionals of F, to which (8) does not apply.
+    """
+    return _means_of(prompts, form.procedure, form.opponent, form.transform, form.beta)
+
+
+def at_mean_kl(prompts: Prompts, start: ClosedForm, kl: float) -> ClosedForm:
+    """The closed form at the one beta at which the mean KL over prompts is `kl` (nats).
+
+    start: whose procedures and transform, and where the search begins. Without untied prompts the mean KL is below that
+    of being always at the best atom, -log of its mass. Where W is not concave it jumps at some beta; then the result is
+    on the side that is closer.
+    """
+    return _at_mean(prompts, start, lambda means: means.kl - kl)
+
+
+def at_mean_win_rate(prompts: Prompts, start: ClosedForm, win_rate: float) -> ClosedForm:
+    """As `at_mean_kl`, for a mean win rate; UserError unless it is above the reference's own and below the most."""
+    reference, most = (
+        float(prompts.share @ atom_win_rate(prompts.masses, log_f, pairings(start.procedure, start.opponent)))
+        for log_f in (np.zeros(prompts.masses.shape), _always_at_the_top(prompts.masses))
+    )
+    reference += prompts.untied * optimal_win_rate(start.procedure, start.opponent, 0)
+    most += prompts.untied
+    if not reference < win_rate < most:
+        raise UserError(
+            f"target_win_rate = {win_rate} given; where rewards tie as they do here, more than the reference's own "
+            f"{reference:.4g} and less than {most:.4g} expected"
+        )
+    return _at_mean(prompts, start, lambda means: means.win_rate - win_rate)
+
+
 def most_win_rate(masses: ArrayLike, untied: int, procedure: Procedure, opponent: Procedure, kl: float) -> float:
     """The largest mean win rate over prompts of any policy of this mean KL (nats); at 0 or less, the reference's.
 
-    masses: (prompts, atoms) of the prompts to which (8) applies, as in `atom_log_density`; untied: how many others
-    there are, each of which has the closed form. All have one beta, for no other division of the KL among prompts wins
+    masses, untied: as in `prompts_with`. All prompts have one beta, for no other division of the KL among prompts wins
     more. Where W is not concave no beta may give this KL; then it is the value between the two optima of one beta,
     a bound on all policies. More KL than it takes to be always at the top wins no more. Not for functionals of F.
     Raises UserError where the closed form cannot be solved.
     """
-    rows, inverse = np.unique(np.asarray(masses, float), axis=0, return_inverse=True)
-    rows = rows / rows.sum(axis=1, keepdims=True)
-    share = np.bincount(inverse.ravel(), minlength=len(rows)) / (inverse.size + untied)
-    pairs = pairings(procedure, opponent)
-    continuous = untied / (inverse.size + untied)
-
-    def total(log_f: Floats) -> tuple[float, float]:
-        return float(share @ atom_win_rate(rows, log_f, pairs)), float(share @ atom_kl(rows, log_f))
+    prompts = prompts_with(masses, untied)
+    if kl <= 0:
+        tied = atom_win_rate(prompts.masses, np.zeros(prompts.masses.shape), pairings(procedure, opponent))
+        return float(prompts.share @ tied) + prompts.untied * optimal_win_rate(procedure, opponent, 0)
 
     @cache
-    def optimum(log_beta: float) -> tuple[float, float]:
-        win_rate, spent = total(_optimum(rows, pairs, np.exp(log_beta)))
-        if untied:
-            form = solve(procedure, opponent, beta=float(np.exp(log_beta)))
-            win_rate, spent = win_rate + continuous * form.win_rate, spent + continuous * form.kl
-        return win_rate, spent
+    def optimum(log_beta: float) -> Means:
+        return _means_of(prompts, procedure, opponent, Optimal(), float(np.exp(log_beta)))
 
-    if kl <= 0:
-        return total(np.zeros(rows.shape))[0] + continuous * optimal_win_rate(procedure, opponent, 0)
-    high = low = 0.0
-    while optimum(high)[1] > kl:
-        high += 1
-    while optimum(low)[1] < kl and np.exp(low) * kl > _NEGLIGIBLE:
-        low -= 1
-    if not optimum(low)[1] > kl > optimum(high)[1]:
-        return optimum(low)[0]
-    log_beta = brentq(lambda log_beta: optimum(log_beta)[1] - kl, low, high, xtol=1e-6)
-    win_rate, spent = optimum(log_beta)
+    log_beta = _crossing(lambda log_beta: optimum(log_beta).kl - kl, 0.0, np.log(_NEGLIGIBLE / kl))
+    spent, win_rate = optimum(log_beta)
     bound = win_rate + float(np.exp(log_beta)) * (kl - spent)  # no W - beta KL is larger than that at the optimum
     return min(bound, 1.0)
+
+
+def _means_of(
+    prompts: Prompts, procedure: Procedure, opponent: Procedure, transform: AnyTransform, beta: float
+) -> Means:
+    pairs = pairings(procedure, opponent)
+    discrete = isinstance(transform, Optimal) and not has_functional(pairs)
+    if discrete and not prompts.untied:
+        log_f, kl, win_rate = _optimum(prompts.masses, pairs, beta), 0.0, 0.0
+    else:
+        form = solve(procedure, opponent, transform, beta=beta)
+        log_f, kl, win_rate = atom_log_density(prompts.masses, form), form.kl, form.win_rate
+    kl = prompts.untied * kl + float(prompts.share @ atom_kl(prompts.masses, log_f))
+    if has_functional(pairs):
+        return Means(kl, float("nan"))
+    return Means(kl, prompts.untied * win_rate + float(prompts.share @ atom_win_rate(prompts.masses, log_f, pairs)))
+
+
+def _at_mean(prompts: Prompts, start: ClosedForm, excess: Callable[[Means], float]) -> ClosedForm:
+    """The closed form at the beta at which a mean that falls with beta has no excess, or the least at a jump."""
+    procedure, opponent, transform = start.procedure, start.opponent, start.transform
+    tried: dict[float, float] = {}
+
+    def excess_at(log_beta: float) -> float:
+        if log_beta not in tried:
+            tried[log_beta] = excess(_means_of(prompts, procedure, opponent, transform, float(np.exp(log_beta))))
+        return tried[log_beta]
+
+    _crossing(excess_at, np.log(start.beta), _LEAST_LOG_BETA)
+    return solve(procedure, opponent, transform, beta=float(np.exp(min(tried, key=lambda one: abs(tried[one])))))
+
+
+def _crossing(excess: Callable[[float], float], start: float, least: float) -> float:
+    """The log beta at which what falls with it crosses 0, to 1e-5; about `least` where it does not above."""
+    high = low = start
+    while excess(high) > 0:
+        low, high = high, high + 1
+    while excess(low) < 0:
+        if low < least:
+            return low
+        low, high = low - 1, low
+    return low if excess(low) == 0 else float(brentq(excess, low, high, xtol=1e-5))
+
+
+def _always_at_the_top(masses: Floats) -> Floats:
+    """log f of the policy that always has the best reward: (rows, atoms)."""
+    top = np.zeros(masses.shape, bool)
+    top[np.arange(len(masses)), _top(masses)] = True
+    return np.where(top, -np.log(np.where(top, masses, 1)), -np.inf)
+
+
+def _top(masses: Floats) -> NDArray[np.intp]:
+    """The index of the best atom of each row."""
+    return masses.shape[1] - 1 - np.argmax(masses[:, ::-1] > 0, axis=1)
 
 
 def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
@@ -149,7 +250,7 @@ def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
     """
     grid = np.linspace(0, 1, 257)
     concave = all(np.all(np.diff(a.density(grid)) >= 0) for _, a, _ in pairs)
-    mass_at_top = masses[np.arange(len(masses)), masses.shape[1] - 1 - np.argmax(masses[:, ::-1] > 0, axis=1)]
+    mass_at_top = masses[np.arange(len(masses)), _top(masses)]
     scan = np.array([0.0, 1.0]) if concave else _SCAN
     x = mass_at_top[:, None] + (1 - mass_at_top[:, None]) * scan
     missing = np.stack([_shoot(masses, x[:, i], pairs, beta)[1] for i in range(len(scan))], axis=1)

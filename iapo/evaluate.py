@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from iapo.atoms import most_win_rate, mostly_tied
+from iapo.atoms import most_win_rate
 from iapo.calibrate import Floats, held_out_prompts, ks_distance, place, spread_ranks
 from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
 from iapo.estimators import kl_estimate, mean_over_prompts, order_weights, prompt_win_rate
-from iapo.levels import draw_masses
+from iapo.levels import NO_TIES, tied_levels
 from iapo.procedures import Procedure, has_functional, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
 from iapo.score import open_reward
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 BASE, TRAINED = "base", "trained"
 HIGHEST_KL = 10.0
 """The closed form is solved up to this many nats; by then its win rate is within 1e-4 of what any KL allows."""
-NO_TIES = (np.zeros((0, 1)), 1)
-"""`tied_levels` of prompts whose rewards are all distinct."""
 PARTS = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -175,19 +173,6 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
 def has_moved(kl: float, se: float) -> bool:
     """Whether a measured KL can be told from none."""
     return kl > max(2 * se, 1e-4)
-
-
-def tied_levels(reference: list[Floats], seed: int = 0) -> tuple[Floats, int]:
-    """What the optimum has to know of each prompt's reference rewards: where most tie, the masses of their levels.
-
-    Returns these, (prompts, levels) as from `levels.draw_masses`, and how many prompts are left.
-    """
-    levels = [np.unique(one, return_inverse=True, return_counts=True)[1:] for one in reference]
-    recurs = np.concatenate([counts[level] > 1 for level, counts in levels])
-    prompt = np.repeat(np.arange(len(reference)), [len(one) for one in reference])
-    tied = mostly_tied(prompt, recurs)
-    chosen = [one for one, is_tied in zip(reference, tied, strict=True) if is_tied]
-    return draw_masses(chosen, seed) if chosen else np.zeros((0, 1)), len(reference) - len(chosen)
 
 
 def best_win_rate(procedure: Procedure, opponent: Procedure, kl: float, ties: tuple[Floats, int]) -> float:

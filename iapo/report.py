@@ -25,9 +25,9 @@ from iapo.config import Config
 from iapo.errors import UserError
 from iapo.estimators import draws
 from iapo.evaluate import BASE, HIGHEST_KL, TRAINED, has_moved
+from iapo.goal import untied_form
 from iapo.procedures import Procedure, parse_procedure
 from iapo.store import Manifest, read_manifest, read_table, write_text
-from iapo.targets import solve_objective
 from iapo.train import FIFTHS, read_log
 
 Record = dict[str, Any]
@@ -51,6 +51,7 @@ class Results:
 
     config: Config
     form: ClosedForm
+    """At the KL that was trained for, without ties."""
     records: list[Record]
     """The records of metrics.json: for each policy, the objective's procedure first."""
     base_ks_distance: float
@@ -75,16 +76,17 @@ def read_results(config: Config) -> Results:
     metrics = json.loads((config.run / "evaluation" / "metrics.json").read_text())
     prompts = read_table(config.run / "prompts.parquet").to_pylist()
     quantiles = read_table(config.run / "quantiles.parquet").select(["prompt_id", "n"]).to_pylist()
+    manifests = {name: read_manifest(config.run, name) or {} for name in STAGES_SHOWN}
     return Results(
         config=config,
-        form=solve_objective(config.objective),
+        form=untied_form(config.objective, manifests["train"]["closed_form"]),
         records=metrics["policies"],
         base_ks_distance=metrics["uniformity"]["base_ks_distance"],
         samples=read_table(config.run / "evaluation" / "samples.parquet").to_pandas(),
         prompts={row["prompt_id"]: row["prompt"] for row in prompts if row["split"] == "holdout"},
         references={row["prompt_id"]: row["n"] for row in quantiles},
         log=read_log(config.run / "adapter"),
-        manifests={name: read_manifest(config.run, name) or {} for name in STAGES_SHOWN},
+        manifests=manifests,
     )
 
 
@@ -103,7 +105,7 @@ def render(results: Results) -> str:
         ),
         headline=headline(trained),
         trained=trained,
-        form=results.form,
+        goal=results.manifests["train"]["closed_form"],
         procedure=trained["procedure"],
         against="" if trained["opponent"] == trained["procedure"] else f" against {trained['opponent']}",
         warnings=warnings(results),
@@ -178,6 +180,12 @@ def warnings(results: Results) -> list[str]:
                 "is bad). Ties do this, and so do very few held-out prompts. The closed form and KL efficiency do not "
                 "hold for such rewards, except that the latter does where most samples of a prompt tie."
             )
+    goal, asked = train["closed_form"], results.config.objective.target_kl
+    if asked is not None and goal["kl"] < asked:
+        found.append(
+            f"{number(asked)} nats were asked for, which is more than rewards that tie allow: always giving the best "
+            f"response that was seen takes little more than the {number(goal['kl'])} that the policy was trained for."
+        )
     if equal := calibrate["prompts_of_equal_rewards"]:
         found.append(f"{equal:,} prompts have equal rewards throughout: they teach nothing, and training dropped them.")
     if too_long := results.manifests["sample"]["prompts_too_long"]:
@@ -196,8 +204,9 @@ def draw(results: Results) -> dict[str, str]:
     main = objective_records(results)
     places = spread_places(results)
     policy = results.samples["policy"].to_numpy()
+    goal = results.manifests["train"]["closed_form"]
     return {
-        "frontier": figures.frontier(curves(results, main), main, (results.form.kl, results.form.win_rate)),
+        "frontier": figures.frontier(curves(results, main), main, (goal["kl"], goal["win_rate"])),
         "transform": figures.transform(results.form),
         "histogram": figures.histogram(places[policy == BASE], places[policy == TRAINED], results.form),
         "uniformity": figures.uniformity(places[policy == BASE], results.base_ks_distance),

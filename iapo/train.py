@@ -28,12 +28,13 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 from iapo import kl_budget, objectives
 from iapo.config import Config, TrainConfig
 from iapo.errors import StageError, UserError
+from iapo.goal import training_goal
 from iapo.logprobs import response_logprobs
 from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids, release
 from iapo.packed_trainer import PackedTrainer, Row
 from iapo.progress import console, progress
 from iapo.store import Manifest, read_table, write_json
-from iapo.targets import solve_objective, target_table
+from iapo.targets import target_table
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ COMPLETE = "complete"
 
 def run(config: Config, manifest: Manifest) -> None:
     """Train from the newest complete checkpoint, or from the start; the manifest says whether training did harm."""
-    form = solve_objective(config.objective)
-    table = target_table(config, form)
+    goal = training_goal(config)
+    table = target_table(config, goal.form)
     tokenizer = load_tokenizer(config.model)
     rows = training_rows(config, table, tokenizer)
     training = [row for row in rows if row["split"] == "train"]
@@ -97,14 +98,14 @@ def run(config: Config, manifest: Manifest) -> None:
     revision = model_revision(policy)
     del trainer, policy, weights
     release()
-    scale = kl_budget.meet(config, adapter, form.kl)
+    scale = kl_budget.meet(config, adapter, goal.kl)
     manifest.finish(
         [adapter],
         responses=len(training),
         prompts=len({row["prompt_id"] for row in training}),
         does_harm=bool(harm),
         held_out={key.removeprefix("eval_"): value for key, value in final.items() if key.startswith("eval_")},
-        closed_form={"beta": form.beta, "kl": form.kl, "win_rate": form.win_rate},
+        closed_form=goal.record(),
         scale=scale,
         model_revision=revision,
     )
