@@ -12,7 +12,6 @@ With a binary verifier best_of(n) is pass@n.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +43,16 @@ class Prompts:
     """The share of the prompts to which (8) does not apply; they have the closed form."""
 
 
+class Aim(NamedTuple):
+    """What a policy is to win under: its procedure, the opponent's, and the transform."""
+
+    procedure: Procedure
+    opponent: Procedure
+    transform: AnyTransform
+
+
 class Means(NamedTuple):
-    """Over prompts."""
+    """Over prompts; KL in nats."""
 
     kl: float
     win_rate: float
@@ -131,72 +138,16 @@ def prompts_with(masses: ArrayLike, untied: int) -> Prompts:
     return Prompts(rows / rows.sum(axis=1, keepdims=True), share, untied / total)
 
 
-def means_of(prompts: Prompts, form: ClosedForm) -> Means:
-    """KL (nats) and win rate, means over prompts, of what `atom_log_density` makes of this closed form.
+def means_of(prompts: Prompts, aim: Aim, beta: float) -> Means:
+    """Mean KL and win rate over prompts of what `atom_log_density` makes of the closed form at this beta.
 
     The win rate is NaN for functionals of F, to which (8) does not apply.
     """
-    return _means_of(prompts, form.procedure, form.opponent, form.transform, form.beta)
-
-
-def at_mean_kl(prompts: Prompts, start: ClosedForm, kl: float) -> ClosedForm:
-    """The closed form at the one beta at which the mean KL over prompts is `kl` (nats).
-
-    start: whose procedures and transform, and where the search begins. Without untied prompts the mean KL is below that
-    of being always at the best atom, -log of its mass. Where W is not concave it jumps at some beta; then the result is
-    on the side that is closer.
-    """
-    return _at_mean(prompts, start, lambda means: means.kl - kl)
-
-
-def at_mean_win_rate(prompts: Prompts, start: ClosedForm, win_rate: float) -> ClosedForm:
-    """As `at_mean_kl`, for a mean win rate; UserError unless it is above the reference's own and below the most."""
-    reference, most = (
-        float(prompts.share @ atom_win_rate(prompts.masses, log_f, pairings(start.procedure, start.opponent)))
-        for log_f in (np.zeros(prompts.masses.shape), _always_at_the_top(prompts.masses))
-    )
-    reference += prompts.untied * optimal_win_rate(start.procedure, start.opponent, 0)
-    most += prompts.untied
-    if not reference < win_rate < most:
-        raise UserError(
-            f"target_win_rate = {win_rate} given; where rewards tie as they do here, more than the reference's own "
-            f"{reference:.4g} and less than {most:.4g} expected"
-        )
-    return _at_mean(prompts, start, lambda means: means.win_rate - win_rate)
-
-
-def most_win_rate(masses: ArrayLike, untied: int, procedure: Procedure, opponent: Procedure, kl: float) -> float:
-    """The largest mean win rate over prompts of any policy of this mean KL (nats); at 0 or less, the reference's.
-
-    masses, untied: as in `prompts_with`. All prompts have one beta, for no other division of the KL among prompts wins
-    more. Where W is not concave no beta may give this KL; then it is the value between the two optima of one beta,
-    a bound on all policies. More KL than it takes to be always at the top wins no more. Not for functionals of F.
-    Raises UserError where the closed form cannot be solved.
-    """
-    prompts = prompts_with(masses, untied)
-    if kl <= 0:
-        tied = atom_win_rate(prompts.masses, np.zeros(prompts.masses.shape), pairings(procedure, opponent))
-        return float(prompts.share @ tied) + prompts.untied * optimal_win_rate(procedure, opponent, 0)
-
-    @cache
-    def optimum(log_beta: float) -> Means:
-        return _means_of(prompts, procedure, opponent, Optimal(), float(np.exp(log_beta)))
-
-    log_beta = _crossing(lambda log_beta: optimum(log_beta).kl - kl, 0.0, np.log(_NEGLIGIBLE / kl))
-    spent, win_rate = optimum(log_beta)
-    bound = win_rate + float(np.exp(log_beta)) * (kl - spent)  # no W - beta KL is larger than that at the optimum
-    return min(bound, 1.0)
-
-
-def _means_of(
-    prompts: Prompts, procedure: Procedure, opponent: Procedure, transform: AnyTransform, beta: float
-) -> Means:
-    pairs = pairings(procedure, opponent)
-    discrete = isinstance(transform, Optimal) and not has_functional(pairs)
-    if discrete and not prompts.untied:
+    pairs = pairings(aim.procedure, aim.opponent)
+    if isinstance(aim.transform, Optimal) and not has_functional(pairs) and not prompts.untied:
         log_f, kl, win_rate = _optimum(prompts.masses, pairs, beta), 0.0, 0.0
     else:
-        form = solve(procedure, opponent, transform, beta=beta)
+        form = solve(*aim, beta=beta)
         log_f, kl, win_rate = atom_log_density(prompts.masses, form), form.kl, form.win_rate
     kl = prompts.untied * kl + float(prompts.share @ atom_kl(prompts.masses, log_f))
     if has_functional(pairs):
@@ -204,23 +155,88 @@ def _means_of(
     return Means(kl, prompts.untied * win_rate + float(prompts.share @ atom_win_rate(prompts.masses, log_f, pairs)))
 
 
-def _at_mean(prompts: Prompts, start: ClosedForm, excess: Callable[[Means], float]) -> ClosedForm:
-    """The closed form at the beta at which a mean that falls with beta has no excess, or the least at a jump."""
-    procedure, opponent, transform = start.procedure, start.opponent, start.transform
-    tried: dict[float, float] = {}
+def beta_at_kl(prompts: Prompts, aim: Aim, kl: float) -> float:
+    """The one beta at which the mean KL over prompts is `kl` (nats).
+
+    Without untied prompts the mean KL is below that of being always at the best atom, -log of its mass. Where W is not
+    concave, as for worst_of, it jumps at some beta, for few patterns from next to nothing; then the beta is that of the
+    side of more KL.
+    """
+    tried = _search(prompts, aim, lambda means: means.kl - kl)[1]
+    enough = [log_beta for log_beta, means in tried.items() if means.kl > (1 - 1e-4) * kl] or [min(tried)]
+    return float(np.exp(min(enough, key=lambda log_beta: abs(tried[log_beta].kl - kl))))
+
+
+def win_rate_at(prompts: Prompts, aim: Aim, kl: float, least: float = _LEAST_LOG_BETA) -> float:
+    """The mean win rate over prompts at a mean KL above 0 (nats), with log beta not much below `least`.
+
+    At a jump it is the value between the two optima of one beta, a bound on all policies. Not for functionals of F.
+    """
+    log_beta, tried = _search(prompts, aim, lambda means: means.kl - kl, least)
+    spent, win_rate = tried[log_beta]
+    return min(win_rate + _price(aim, log_beta) * (kl - spent), 1.0)
+
+
+def kl_at(prompts: Prompts, aim: Aim, win_rate: float) -> float:
+    """The mean KL (nats) of which this is the `win_rate_at`; UserError where there is none."""
+    pairs = pairings(aim.procedure, aim.opponent)
+    own, most = (
+        float(prompts.share @ atom_win_rate(prompts.masses, log_f, pairs)) + prompts.untied * untied
+        for log_f, untied in (
+            (np.zeros(prompts.masses.shape), optimal_win_rate(aim.procedure, aim.opponent, 0)),
+            (_always_at_the_top(prompts.masses), 1.0),
+        )
+    )
+    if not own < win_rate < most:
+        raise UserError(
+            f"target_win_rate = {win_rate} given; where rewards tie as they do here, more than the reference's own "
+            f"{own:.4g} and less than {most:.4g} expected"
+        )
+    log_beta, tried = _search(prompts, aim, lambda means: means.win_rate - win_rate)
+    spent, found = tried[log_beta]
+    price = _price(aim, log_beta)
+    return spent + (win_rate - found) / price if price else spent
+
+
+def most_win_rate(masses: ArrayLike, untied: int, procedure: Procedure, opponent: Procedure, kl: float) -> float:
+    """The largest mean win rate over prompts of any policy of this mean KL (nats); at 0 or less, the reference's.
+
+    masses, untied: as in `prompts_with`. All prompts have one beta, for no other division of the KL among prompts wins
+    more. Where W is not concave no beta may give this KL; then it is a bound, see `win_rate_at`. More KL than it takes
+    to be always at the top wins no more. Not for functionals of F. Raises UserError where the closed form cannot be
+    solved.
+    """
+    prompts = prompts_with(masses, untied)
+    if kl > 0:
+        return win_rate_at(prompts, Aim(procedure, opponent, Optimal()), kl, np.log(_NEGLIGIBLE / kl))
+    tied = atom_win_rate(prompts.masses, np.zeros(prompts.masses.shape), pairings(procedure, opponent))
+    return float(prompts.share @ tied) + prompts.untied * optimal_win_rate(procedure, opponent, 0)
+
+
+def _search(
+    prompts: Prompts, aim: Aim, excess: Callable[[Means], float], least: float = _LEAST_LOG_BETA
+) -> tuple[float, dict[float, Means]]:
+    """The log beta at which something of the means that falls with it is 0, and the means at each that was tried."""
+    tried: dict[float, Means] = {}
 
     def excess_at(log_beta: float) -> float:
         if log_beta not in tried:
-            tried[log_beta] = excess(_means_of(prompts, procedure, opponent, transform, float(np.exp(log_beta))))
-        return tried[log_beta]
+            tried[log_beta] = means_of(prompts, aim, float(np.exp(log_beta)))
+        return excess(tried[log_beta])
 
-    _crossing(excess_at, np.log(start.beta), _LEAST_LOG_BETA)
-    return solve(procedure, opponent, transform, beta=float(np.exp(min(tried, key=lambda one: abs(tried[one])))))
+    log_beta = _crossing(excess_at, least)
+    excess_at(log_beta)
+    return log_beta, tried
 
 
-def _crossing(excess: Callable[[float], float], start: float, least: float) -> float:
+def _price(aim: Aim, log_beta: float) -> float:
+    """dW / dKL along the optimum, which no W - beta KL exceeds; 0 for other transforms, whose KL does not jump."""
+    return float(np.exp(log_beta)) if isinstance(aim.transform, Optimal) else 0.0
+
+
+def _crossing(excess: Callable[[float], float], least: float) -> float:
     """The log beta at which what falls with it crosses 0, to 1e-5; about `least` where it does not above."""
-    high = low = start
+    high = low = 0.0
     while excess(high) > 0:
         low, high = high, high + 1
     while excess(low) < 0:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from iapo.atoms import Prompts, at_mean_kl, at_mean_win_rate, means_of, prompts_with
+from iapo.atoms import Aim, Prompts, beta_at_kl, kl_at, means_of, prompts_with, win_rate_at
 from iapo.closed_form import ClosedForm, solve
 from iapo.config import Config, ObjectiveConfig
 from iapo.levels import level_counts, share_at_the_top, tied_levels, which_tie
-from iapo.procedures import has_functional, pairings
+from iapo.procedures import as_procedure, has_functional, pairings
 from iapo.store import read_table
 from iapo.targets import solve_objective
+from iapo.transforms import as_transform
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ Floats = npt.NDArray[np.float64]
 
 MOST_KL = 0.95
 """Of the KL of always giving the best response that was seen: all of it takes targets of minus infinity."""
-FIRST_KL = 0.5
-"""The search for beta begins where prompts without ties have this KL."""
 JUDGED = 512
 """So many training prompts, evenly spaced, tell what can be won: to better than a point."""
 
@@ -78,18 +77,16 @@ def solve_goal(objective: ObjectiveConfig, rewards: list[Floats], seed: int = 0)
         return Goal(form, form.kl, form.win_rate, 0)
     tied = [one for one, its_ties in zip(teaching, ties, strict=True) if its_ties]
     shown = prompts_with(level_counts(tied), len(teaching) - len(tied))
-    start = solve(objective.procedure, objective.opponent, objective.transform, target_kl=FIRST_KL)
-    judged = _judged(start, rewards, seed)
+    policy = as_procedure(objective.procedure)
+    opponent = as_procedure(objective.opponent) if objective.opponent else policy
+    aim = Aim(policy, opponent, as_transform(objective.transform))
+    judged = _judged(aim, rewards, seed)
     if objective.beta is not None:
-        form = solve_objective(objective)
-        kl = means_of(shown, form).kl
+        form, kl = solve_objective(objective), means_of(shown, aim, objective.beta).kl
     else:
-        kl = _within_reach(_kl_asked(objective, judged, start), teaching)
-        form = at_mean_kl(shown, start, kl)
-    if judged is None:
-        win_rate = solve(form.procedure, form.opponent, form.transform, target_kl=kl).win_rate
-    else:
-        win_rate = means_of(judged, at_mean_kl(judged, form, kl)).win_rate
+        kl = _within_reach(_kl_asked(objective, judged, aim), teaching)
+        form = solve(*aim, beta=beta_at_kl(shown, aim, kl))
+    win_rate = win_rate_at(judged, aim, kl) if judged else solve(*aim, target_kl=kl).win_rate
     return Goal(form, kl, win_rate, len(tied))
 
 
@@ -100,22 +97,22 @@ def untied_form(objective: ObjectiveConfig, record: dict[str, float]) -> ClosedF
     return solve(objective.procedure, objective.opponent, objective.transform, target_kl=record["kl"])
 
 
-def _judged(start: ClosedForm, rewards: list[Floats], seed: int) -> Prompts | None:
+def _judged(aim: Aim, rewards: list[Floats], seed: int) -> Prompts | None:
     """Prompts that tell what can be won; None where (4) does for all of them."""
-    if has_functional(pairings(start.procedure, start.opponent)):
+    if has_functional(pairings(aim.procedure, aim.opponent)):
         return None
     chosen = np.linspace(0, len(rewards) - 1, min(len(rewards), JUDGED)).astype(int)
     masses, untied = tied_levels([rewards[i] for i in chosen], seed)
     return prompts_with(masses, untied) if len(masses) else None
 
 
-def _kl_asked(objective: ObjectiveConfig, judged: Prompts | None, start: ClosedForm) -> float:
+def _kl_asked(objective: ObjectiveConfig, judged: Prompts | None, aim: Aim) -> float:
     """The KL of target_kl or target_win_rate, in nats."""
     if objective.target_kl is not None:
         return objective.target_kl
     if judged is None or objective.target_win_rate is None:
         return solve_objective(objective).kl
-    return means_of(judged, at_mean_win_rate(judged, start, objective.target_win_rate)).kl
+    return kl_at(judged, aim, objective.target_win_rate)
 
 
 def _within_reach(kl: float, teaching: list[Floats]) -> float:

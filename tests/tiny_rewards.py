@@ -40,6 +40,11 @@ def ends_early(prompts, responses):
     return [float(len(response) < 4) for response in responses]
 
 
+def begins_with_ascii(prompts, responses):
+    """Binary, and both values are common."""
+    return [float(response[:1].isascii()) for response in responses]
+
+
 def only_name(prompts, responses):
     """Different rewards for the prompts that start with `name` alone."""
     return [
