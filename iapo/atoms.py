@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 _SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
 _HALVINGS = 60
 _NEGLIGIBLE = 1e-6  # of the win rate
-_LEAST_LOG_BETA = -25.0
+_LEAST_LOG_BETA = -25.0  # below, a nat wins less than 1e-10
 _GOLDEN, _GOLDEN_STEPS = (5**0.5 - 1) / 2, 25
 
 

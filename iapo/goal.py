@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
-MOST_KL = 0.95
-"""Of the KL of always giving the best response that was seen: all of it takes targets of minus infinity."""
+MOST_KL, MOST_UNTIED_KL = 0.95, 10.0
+"""A prompt whose rewards tie can have this share of the KL of always giving the best response that was seen, for all of
+it takes targets of minus infinity; a prompt without ties so many nats."""
 JUDGED = 512
 """So many training prompts, evenly spaced, tell what can be won: to better than a point."""
 
@@ -84,10 +85,11 @@ def solve_goal(objective: ObjectiveConfig, rewards: list[Floats], seed: int = 0)
     if objective.beta is not None:
         form, kl = solve_objective(objective), means_of(shown, aim, objective.beta).kl
     else:
-        kl = _within_reach(_kl_asked(objective, judged, aim), teaching)
+        kl = _within_reach(_kl_asked(objective, judged, aim), tied, len(teaching) - len(tied))
         form = solve(*aim, beta=beta_at_kl(shown, aim, kl))
-    win_rate = win_rate_at(judged, aim, kl) if judged else solve(*aim, target_kl=kl).win_rate
-    return Goal(form, kl, win_rate, len(tied))
+    if judged is None:
+        return Goal(form, kl, solve(*aim, target_kl=kl).win_rate, len(tied))
+    return Goal(form, kl, win_rate_at(judged, aim, kl), len(tied))
 
 
 def untied_form(objective: ObjectiveConfig, record: dict[str, float]) -> ClosedForm:
@@ -115,14 +117,15 @@ def _kl_asked(objective: ObjectiveConfig, judged: Prompts | None, aim: Aim) -> f
     return kl_at(judged, aim, objective.target_win_rate)
 
 
-def _within_reach(kl: float, teaching: list[Floats]) -> float:
-    """A KL that targets can have: less than that of always giving the best response seen. Warns where it is lowered."""
-    top = float(-np.log(share_at_the_top(teaching)).mean())
-    if kl <= MOST_KL * top:
-        return kl
-    log.warning(
-        "train: %.3g nats asked for, and where rewards tie as here always giving the best response that was seen takes "
-        "%.3g; going for %.3g: ask for less, or give more samples a prompt or a reward of more levels",
-        *(kl, top, MOST_KL * top),
-    )
-    return MOST_KL * top
+def _within_reach(kl: float, tied: list[Floats], untied: int) -> float:
+    """The mean KL asked for, or if less the most that targets can have, with a warning."""
+    top = MOST_KL * float(-np.log(share_at_the_top(tied)).sum()) + MOST_UNTIED_KL * untied
+    most = top / (len(tied) + untied)
+    if kl > most:
+        log.warning(
+            "train: %.3g nats asked for; where rewards tie as here, there is little more than %.3g to spend (at most "
+            "-log of the share of the best level of a prompt); going for these: ask for less, or give more samples a "
+            "prompt or a reward of more levels",
+            *(kl, most),
+        )
+    return min(kl, most)

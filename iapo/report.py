@@ -181,10 +181,10 @@ def warnings(results: Results) -> list[str]:
                 "hold for such rewards, except that the latter does where most samples of a prompt tie."
             )
     goal, asked = train["closed_form"], results.config.objective.target_kl
-    if asked is not None and goal["kl"] < asked:
+    if asked is not None and goal["tied_prompts"] and goal["kl"] < asked:
         found.append(
-            f"{number(asked)} nats were asked for, which is more than rewards that tie allow: always giving the best "
-            f"response that was seen takes little more than the {number(goal['kl'])} that the policy was trained for."
+            f"{number(asked)} nats were asked for. Where rewards tie, always giving the best response that was seen "
+            f"takes little more than the {number(goal['kl'])} that the policy was trained for."
         )
     if equal := calibrate["prompts_of_equal_rewards"]:
         found.append(f"{equal:,} prompts have equal rewards throughout: they teach nothing, and training dropped them.")

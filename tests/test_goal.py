@@ -144,10 +144,19 @@ def test_more_kl_than_there_is_is_lowered_with_a_warning(caplog):
         assert not caplog.records
         beyond = goal(rewards, target_kl=2.0)
     (record,) = caplog.records
-    assert "2 nats asked for" in record.getMessage() and "takes 0.693; going for 0.658" in record.getMessage()
+    assert "2 nats asked for" in record.getMessage() and "little more than 0.658" in record.getMessage()
     assert within.kl == 0.6 and beyond.kl == pytest.approx(MOST_KL * np.log(2))
     t = targets(rewards[:1], beyond.form)
     assert np.mean(np.exp(t) * t) == pytest.approx(beyond.kl, rel=1e-3) and t.min() > -6
+
+
+def test_prompts_without_ties_can_spend_what_others_cannot(caplog):
+    """A tied prompt among three that are not: 2 nats are had."""
+    rewards = [MIXED[0], *[MIXED[3]] * 3]
+    found = goal(rewards, target_kl=2.0)
+    assert found.kl == 2 and not caplog.records
+    t = targets(rewards[:1], found.form)
+    assert (np.mean(np.exp(t) * t) + 3 * found.form.kl) / 4 == pytest.approx(2, rel=1e-4)
 
 
 @pytest.mark.parametrize("win_rate", [0.45, 0.85])

@@ -18,6 +18,7 @@ from iapo.store import read_table
 
 NBSP = "\N{NO-BREAK SPACE}"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
+LOWERED = {"beta": 0.1, "kl": 0.4, "win_rate": 0.6, "tied_prompts": 1234}
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)> \x00 \u202e & ${1}"
 
 
@@ -184,6 +185,8 @@ def test_a_good_run_has_no_warnings_of_harm(results: Results):
         ("calibrate", {"prompts_of_equal_rewards": 3}, "3 prompts have equal rewards"),
         ("calibrate", {"holdout_ks_distance": BAD_KS + 0.2}, "held-out reference samples are 0.300 away"),
         ("sample", {"prompts_too_long": 7}, "7 prompts are too long"),
+        ("train", {"closed_form": LOWERED}, "0.500 nats were asked for. Where rewards tie"),
+        ("train", {"closed_form": LOWERED}, "Most rewards tie on 1,234 training prompts"),
     ],
 )
 def test_a_warning_of_a_stage_is_shown(results: Results, html: str, stage: str, notes: dict, words: str):
