@@ -170,11 +170,12 @@ def beta_at_kl(prompts: Prompts, aim: Aim, kl: float) -> float:
 def win_rate_at(prompts: Prompts, aim: Aim, kl: float, least: float = _LEAST_LOG_BETA) -> float:
     """The mean win rate over prompts at a mean KL above 0 (nats), with log beta not much below `least`.
 
-    At a jump it is the value between the two optima of one beta, a bound on all policies. Not for functionals of F.
+    At a jump it is the value between the two optima of one beta, a bound on all policies. More KL than there is wins
+    no more. Not for functionals of F.
     """
     log_beta, tried = _search(prompts, aim, lambda means: means.kl - kl, least)
     spent, win_rate = tried[log_beta]
-    return min(win_rate + _price(aim, log_beta) * (kl - spent), 1.0)
+    return min(win_rate + _price(aim, log_beta, least) * (kl - spent), 1.0)
 
 
 def kl_at(prompts: Prompts, aim: Aim, win_rate: float) -> float:
@@ -194,7 +195,7 @@ def kl_at(prompts: Prompts, aim: Aim, win_rate: float) -> float:
         )
     log_beta, tried = _search(prompts, aim, lambda means: means.win_rate - win_rate)
     spent, found = tried[log_beta]
-    price = _price(aim, log_beta)
+    price = _price(aim, log_beta, _LEAST_LOG_BETA)
     return spent + (win_rate - found) / price if price else spent
 
 
@@ -229,9 +230,12 @@ def _search(
     return log_beta, tried
 
 
-def _price(aim: Aim, log_beta: float) -> float:
-    """dW / dKL along the optimum, which no W - beta KL exceeds; 0 for other transforms, whose KL does not jump."""
-    return float(np.exp(log_beta)) if isinstance(aim.transform, Optimal) else 0.0
+def _price(aim: Aim, log_beta: float, least: float) -> float:
+    """dW / dKL along the optimum, which no W - beta KL exceeds.
+
+    0 for other transforms, whose KL does not jump, and where the search ended at `least`: more KL wins nothing.
+    """
+    return float(np.exp(log_beta)) if isinstance(aim.transform, Optimal) and log_beta >= least else 0.0
 
 
 def _crossing(excess: Callable[[float], float], least: float) -> float:
