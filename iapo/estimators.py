@@ -12,9 +12,6 @@ from iapo.procedures import BestOf, EarlyStop, Functional, Kth, Mixture, Procedu
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
-MOST_ERRORS, MOST_OF_ONE = 4.0, 0.2
-"""A control variate is used where its mean is within so many standard errors of what it is known to be, and where one
-sample has at most this share of its variance (measured: docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +85,8 @@ def mean_over_prompts(values: Floats, seed: int = 0) -> Estimate:
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(values.mean()), _standard_error(values), float(low), float(high))
-
-
-def kl_estimate(log_ratios: Floats) -> tuple[float, float]:
-    """KL in nats and its standard error over prompts, from Δ of the policy's own samples: [prompts, samples].
-
-    E_π[e^−Δ] = 1, so e^−Δ − 1 is a control variate of Δ with a known mean; its coefficient is fitted, at the cost of a
-    bias of O(1/N). That holds with responses cut at a length too: such a response is the event of all that begin with
-    it, and the events together have probability 1 under the reference. Policy and Δ must have the same temperature,
-    and neither top-p nor top-k.
-
-    Where the policy hardly ever does what the reference does, that mean is made of rare and large e^−Δ. Samples that
-    show none of them, or one, pull the estimate down and hide it in the error; then Δ is taken as it is.
-    """
-    known = np.exp(np.minimum(-log_ratios, 100.0)) - 1  # so that no broken policy makes it infinite
-    squares = (known - known.mean()) ** 2
-    seen = abs(known.mean()) < MOST_ERRORS * np.sqrt(squares.mean() / known.size)
-    useful = seen and squares.max() < MOST_OF_ONE * squares.sum()
-    coefficient = np.mean((log_ratios - log_ratios.mean()) * known) / squares.mean() if useful else 0.0
-    by_prompt = (log_ratios - coefficient * known).mean(axis=1)
-    return float(by_prompt.mean()), _standard_error(by_prompt)
-
-
-def _standard_error(values: Floats) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+    se = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+    return Estimate(float(values.mean()), se, float(low), float(high))
 
 
 def _kth_weights(k: int, n: int, samples: int, procedure: Procedure) -> Floats:

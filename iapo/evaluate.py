@@ -7,6 +7,7 @@ Writes  evaluation/samples.parquet, one row a response
             finish_reason      string
             n_tokens           int32
             log_ratio          float64   Δ = log π(y|x) − log π_ref(y|x) in nats
+            kl                 float64   of the next token, summed along the response: `logprobs.Divergence`
             reward             float64   of the judge, or of the reward it was trained on
             calibrated_reward  float64   its place among the reference samples, by the same reward
         evaluation/metrics.json   `policies`, a list with a record for each policy and procedure; see `metrics`
@@ -28,7 +29,7 @@ from iapo.calibrate import Floats, held_out_prompts, ks_distance, place, spread_
 from iapo.closed_form import optimal_win_rate
 from iapo.config import Config, RewardConfig
 from iapo.errors import UserError
-from iapo.estimators import kl_estimate, mean_over_prompts, order_weights, prompt_win_rate
+from iapo.estimators import mean_over_prompts, order_weights, prompt_win_rate
 from iapo.levels import NO_TIES, tied_levels
 from iapo.procedures import Procedure, has_functional, pairings, parse_procedure
 from iapo.sample import fits, prompt_shards, response_rows
@@ -49,6 +50,7 @@ PARTS = pa.schema(
         ("finish_reason", pa.string()),
         ("n_tokens", pa.int32()),
         ("log_ratio", pa.float64()),
+        ("kl", pa.float64()),
     ]
 )
 SAMPLES = pa.schema(
@@ -128,8 +130,8 @@ def calibrated_rewards(table: pd.DataFrame, reference: dict[str, Floats]) -> Flo
 def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -> dict[str, Any]:
     """The content of metrics.json.
 
-    `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (nats, by
-    `estimators.kl_estimate` from the policy's own samples) and kl_se (over prompts), win_rate with its 95 % bootstrap
+    `policies`: for each policy and procedure name, procedure, opponent, prompts, samples_per_prompt, kl (nats, the mean
+    along the policy's own samples) and kl_se (over prompts), win_rate with its 95 % bootstrap
     interval over prompts, reference_win_rate (W₀: ½ if the opponent has the same procedure), closed_form_win_rate (the
     optimum at the measured KL, of equation (4), or of (8) on prompts where most reference samples tie, see
     `iapo.levels`), kl_efficiency = (win_rate − W₀) / (closed_form_win_rate − W₀). Both are null where the KL is not
@@ -139,22 +141,21 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
     records = []
     ties = tied_levels([reference[name] for name in table["prompt_id"].unique()], config.seed)
     for policy, rows in table.groupby("policy", sort=False):
-        ratios = rows.pivot(index="prompt_id", columns="sample_id", values="log_ratio").to_numpy()
-        kl, kl_se = kl_estimate(ratios)
+        kl = mean_over_prompts(rows.groupby("prompt_id")["kl"].mean().to_numpy(), config.seed)
         for procedure, opponent in procedures(config):
             record = {
                 "name": policy,
                 "procedure": str(procedure),
                 "opponent": str(opponent),
-                "prompts": len(ratios),
+                "prompts": rows["prompt_id"].nunique(),
                 "samples_per_prompt": config.evaluate.samples_per_prompt,
-                "kl": kl,
-                "kl_se": kl_se,
+                "kl": kl.value,
+                "kl_se": kl.se,
             }
             win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
             start = best_win_rate(procedure, opponent, 0, ties)
-            moved = has_moved(kl, kl_se)
-            optimum = closed_form_win_rate(procedure, opponent, kl, ties) if moved else None
+            moved = has_moved(kl.value, kl.se)
+            optimum = closed_form_win_rate(procedure, opponent, kl.value, ties) if moved else None
             gain = 0.0 if optimum is None else optimum - start
             records.append(
                 record
@@ -239,7 +240,7 @@ def _measure(config: RewardConfig, prompts: dict[str, dict[str, Any]]) -> Any:
 
 def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
     from iapo.engines.transformers import configured_engine
-    from iapo.logprobs import log_ratios_of
+    from iapo.logprobs import Divergence, divergences_of
     from iapo.models import context_length, load_policy, load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(config.model)
@@ -254,9 +255,9 @@ def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
         rows = response_rows(engine, tokenizer, tokens, config.evaluate.samples_per_prompt, seed)
         prompts, responses = [tokens[row["prompt_id"]] for row in rows], [row["token_ids"] for row in rows]
         if adapter is None:
-            ratios = [0.0] * len(rows)
+            divergences = [Divergence(0.0, 0.0)] * len(rows)
         else:
-            ratios = log_ratios_of(
+            divergences = divergences_of(
                 model,
                 prompts,
                 responses,
@@ -265,8 +266,8 @@ def _open_worker(config: Config, policy: str, adapter: Path | None) -> Worker:
                 temperature=config.sample.temperature,
             )
         made = [
-            row | {"n_tokens": len(row["token_ids"]), "log_ratio": ratio}
-            for row, ratio in zip(rows, ratios, strict=True)
+            row | {"n_tokens": len(row["token_ids"]), **vars(divergence)}
+            for row, divergence in zip(rows, divergences, strict=True)
         ]
         return pa.Table.from_pylist(made, schema=PARTS)
 

@@ -18,8 +18,8 @@ import torch
 from iapo.calibrate import held_out_prompts
 from iapo.config import Config
 from iapo.engines.transformers import configured_engine
-from iapo.estimators import kl_estimate
-from iapo.logprobs import log_ratios_of
+from iapo.estimators import mean_over_prompts
+from iapo.logprobs import divergences_of
 from iapo.models import context_length, load_policy, load_tokenizer, prompt_token_ids
 from iapo.sample import fits
 from iapo.shards import shard_seed
@@ -84,13 +84,13 @@ def meet(config: Config, adapter: Path, target_kl: float) -> dict[str, float]:
                 if name in original:
                     weight.copy_(original[name] * factor)
 
-    log_ratios = _sampler(config, policy)
+    sampled_kls = _sampler(config, policy)
 
     def kl_of(factor: float) -> tuple[float, float]:
         set_factor(factor)
-        kl, se = kl_estimate(log_ratios())
-        log.debug("adapter times %.3f: KL %.4f ± %.4f", factor, kl, se)
-        return kl, se
+        kl = mean_over_prompts(sampled_kls())
+        log.debug("adapter times %.3f: KL %.4f ± %.4f", factor, kl.value, kl.se)
+        return kl.value, kl.se
 
     scale = find_factor(kl_of, target_kl)
     set_factor(scale.factor)
@@ -105,7 +105,7 @@ def meet(config: Config, adapter: Path, target_kl: float) -> dict[str, float]:
 
 
 def _sampler(config: Config, policy: Any) -> Callable[[], Floats]:
-    """A function that samples the policy as it is and returns Δ of each response, [prompts, samples], in nats.
+    """A function that samples the policy as it is and returns the KL of each prompt, [prompts], in nats.
 
     Always with the same seed, so that two factors differ by little else.
     """
@@ -117,9 +117,9 @@ def _sampler(config: Config, policy: Any) -> Callable[[], Floats]:
     prompts = [ids for ids in tokens for _ in range(samples)]
     engine = configured_engine(policy, tokenizer, config.sample)
 
-    def log_ratios() -> Floats:
+    def sampled_kls() -> Floats:
         drawn = engine(tokens, samples, shard_seed(config.seed, "kl_budget"))
-        ratios = log_ratios_of(
+        found = divergences_of(
             policy,
             prompts,
             [response.token_ids for group in drawn for response in group],
@@ -127,6 +127,6 @@ def _sampler(config: Config, policy: Any) -> Callable[[], Floats]:
             batch_size=config.train.micro_batch_size,
             temperature=config.sample.temperature,
         )
-        return np.reshape(ratios, (len(tokens), samples))
+        return np.reshape([one.kl for one in found], (len(tokens), samples)).mean(axis=1)
 
-    return log_ratios
+    return sampled_kls

@@ -1,7 +1,7 @@
 """Log-probabilities of responses: of the sampled token ids, summed in float32, whatever the padding or batch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iapo.shared_prefix import ATTENTION, Layout, register
-from iapo.token_logprobs import Scored, teach
+from iapo.token_logprobs import Scored, next_token_logprobs, rows_at_a_time, teach
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +122,19 @@ def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Ten
     The same temperature as in sampling divides the logits, so that this is the log-probability under the policy that
     is sampled. model: one that `sharing_of` has seen, or a wrapper around it.
     """
-    per_token = model(
+    per_token = _forward(model, batch, Scored(batch.before, batch.targets, temperature))
+    return torch.segment_reduce(per_token, "sum", lengths=batch.counts)
+
+
+def _forward(model: Any, batch: Batch, scored: Scored) -> Tensor:
+    return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
-        scored=Scored(batch.before, batch.targets, temperature),
+        scored=scored,
         **({} if batch.layout is None else {"shared_prefix": batch.layout}),
     ).logits
-    return torch.segment_reduce(per_token, "sum", lengths=batch.counts)
 
 
 def pack(
@@ -177,27 +181,71 @@ def logprobs_of(
 
     A forward pass takes as many tokens as `batch_size` of the longest rows have without sharing.
     """
-    sharing = sharing_of(model)
-    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
     values = [0.0] * len(responses)
-    for rows in pack(prompts, responses, batch_size * longest, sharing):
-        batch = make_batch([prompts[i] for i in rows], [responses[i] for i in rows], pad_id, sharing, model.device)
+    for rows, batch in _batches(model, prompts, responses, pad_id, batch_size):
         for index, value in zip(rows, response_logprobs(model, batch, temperature).tolist(), strict=True):
             values[index] = value
     return values
 
 
-def log_ratios_of(
-    policy: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], **arguments: Any
-) -> list[float]:
-    """Δ of many responses in their order, in nats, from a PEFT model and itself with its adapter off.
+@dataclass(frozen=True)
+class Divergence:
+    """How far a policy is from the reference along one response, in nats.
 
-    arguments: those of `logprobs_of`.
+    log_ratio: Δ = log π(y|x) − log π_ref(y|x). kl: the sum over its tokens of KL(π(·|y_<t) ‖ π_ref(·|y_<t)).
     """
-    own = logprobs_of(policy, prompts, responses, **arguments)
-    with policy.disable_adapter():
-        reference = logprobs_of(policy, prompts, responses, **arguments)
-    return [one - other for one, other in zip(own, reference, strict=True)]
+
+    log_ratio: float
+    kl: float
+
+
+@torch.inference_mode()
+def divergences_of(
+    policy: Any,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    temperature: float = 1.0,
+) -> list[Divergence]:
+    """The divergence along each of many responses, from a PEFT model and itself with its adapter off.
+
+    By the chain rule the mean of `kl` over the policy's own responses is KL(π ‖ π_ref), as that of `log_ratio` is; but
+    the chance in which token came next is taken out of it (Rao-Blackwell), and no tail of rare responses is in it. That
+    holds for responses cut at a length, and where they were sampled from the whole distribution at this temperature.
+    Arguments: those of `logprobs_of`.
+    """
+    inner = policy.get_base_model()
+    found: list[Any] = [None] * len(responses)
+    for rows, batch in _batches(policy, prompts, responses, pad_id, batch_size):
+        states = Scored(batch.before, None)
+        own = _forward(policy, batch, states)
+        with policy.disable_adapter():
+            reference = _forward(policy, batch, states)
+        at_a_time = rows_at_a_time(inner.config.get_text_config().vocab_size, own.device)
+        per_token = []
+        parts = (part.split(at_a_time) for part in (own, reference, batch.targets))
+        for one, other, target in zip(*parts, strict=True):
+            log_p = next_token_logprobs(inner, one, temperature)
+            with policy.disable_adapter():  # which the output layer may have too
+                log_ratio = log_p - next_token_logprobs(inner, other, temperature)
+            kl = (log_p.exp() * log_ratio).sum(-1)
+            per_token.append(torch.stack([log_ratio.gather(-1, target[:, None])[:, 0], kl], -1))
+        sums = torch.segment_reduce(torch.cat(per_token), "sum", lengths=batch.counts)
+        for index, values in zip(rows, sums.tolist(), strict=True):
+            found[index] = Divergence(*values)
+    return found
+
+
+def _batches(
+    model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of many responses, each with the row numbers of its own."""
+    sharing = sharing_of(model)
+    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+    for rows in pack(prompts, responses, batch_size * longest, sharing):
+        yield rows, make_batch([prompts[i] for i in rows], [responses[i] for i in rows], pad_id, sharing, model.device)
 
 
 def sharing_of(model: Any) -> Sharing:

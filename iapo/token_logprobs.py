@@ -21,11 +21,14 @@ CHUNK = {"cpu": 2**22, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class Scored:
-    """Which tokens are scored: before [N], flat positions of the hidden states before them; targets [N], their ids."""
+    """Which tokens are scored: before [N], flat positions of the hidden states before them; targets [N], their ids.
+
+    Without targets it is the states themselves that are wanted, for `next_token_logprobs`.
+    """
 
     before: Tensor
-    targets: Tensor
-    temperature: float
+    targets: Tensor | None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ def chosen_logprobs(
     """
     form = form or LogitForm()
     plain = type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None
-    width = head.weight.shape[0] if plain else head.out_features
-    rows = max(1, CHUNK["cuda" if hidden.device.type == "cuda" else "cpu"] // width)
+    rows = rows_at_a_time(head.weight.shape[0] if plain else head.out_features, hidden.device)
     if plain:
         return _Chosen.apply(hidden, head.weight, targets, temperature, form, rows)
 
@@ -105,8 +107,15 @@ class _Chosen(torch.autograd.Function):
         return (gradients[0][:, None] * slopes).to(ctx.dtype), None, None, None, None, None
 
 
+def rows_at_a_time(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(1, CHUNK["cuda" if device.type == "cuda" else "cpu"] // vocabulary)
+
+
 def teach(inner: Any, *, logits: bool = False) -> None:
     """Give a causal language model's forward the argument `scored`, whose log-probs [N] it then returns as logits.
+
+    Without targets it returns states: hidden states [N, D], or with `logits` those, [N, V].
 
     The model's own forward runs, with its output layer replaced for the time: so wrappers around the model (PEFT,
     DDP, FSDP) see an ordinary call. Without the argument nothing changes. logits: use the model's own logits after
@@ -121,7 +130,10 @@ def teach(inner: Any, *, logits: bool = False) -> None:
             return plain(*args, **kwargs)
         if logits:
             output = plain(*args, **kwargs)
-            output.logits = logprobs_from_logits(output.logits, scored)
+            if scored.targets is None:
+                output.logits = output.logits.flatten(0, -2).index_select(0, scored.before)
+            else:
+                output.logits = logprobs_from_logits(output.logits, scored.before, scored.targets, scored.temperature)
             return output
         found: list[Tensor] = []
         own = head.forward
@@ -129,7 +141,9 @@ def teach(inner: Any, *, logits: bool = False) -> None:
         def score(hidden: Tensor) -> Tensor:
             head.forward = own  # chosen_logprobs calls a layer that is no plain matrix
             chosen = hidden.flatten(0, -2).index_select(0, scored.before)
-            found.append(chosen_logprobs(chosen, head, scored.targets, scored.temperature, form))
+            if scored.targets is not None:
+                chosen = chosen_logprobs(chosen, head, scored.targets, scored.temperature, form)
+            found.append(chosen)
             return hidden.new_zeros(1, 1, 1)
 
         head.forward = score
@@ -141,15 +155,21 @@ def teach(inner: Any, *, logits: bool = False) -> None:
         return output
 
     forward.untaught = plain  # type: ignore[attr-defined]
+    forward.logits_of = LogitForm() if logits else lambda states: form(head(states))  # type: ignore[attr-defined]
     inner.forward = forward
 
 
-def logprobs_from_logits(logits: Tensor, scored: Scored) -> Tensor:
+def next_token_logprobs(inner: Any, states: Tensor, temperature: float = 1.0) -> Tensor:
+    """log π(v | y_<t) of every token v, [N, V] in float32 or wider, from states that the taught model returned."""
+    return torch.log_softmax(inner.forward.logits_of(states) / temperature, -1)
+
+
+def logprobs_from_logits(logits: Tensor, before: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The same from a model's own logits [S, L, V]."""
     flat = logits.flatten(0, 1)
     rows = max(1, CHUNK["cpu"] // logits.shape[-1])
     found = []
-    for before, targets in zip(scored.before.split(rows), scored.targets.split(rows), strict=True):
-        logs = torch.log_softmax(flat.index_select(0, before).float() / scored.temperature, -1)
-        found.append(logs.gather(-1, targets[:, None])[:, 0])
+    for places, chosen in zip(before.split(rows), targets.split(rows), strict=True):
+        logs = torch.log_softmax(flat.index_select(0, places).float() / temperature, -1)
+        found.append(logs.gather(-1, chosen[:, None])[:, 0])
     return torch.cat(found)

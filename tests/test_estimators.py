@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from iapo.calibrate import place
-from iapo.closed_form import solve, win_rate_of_cdf
+from iapo.closed_form import win_rate_of_cdf
 from iapo.errors import UserError
-from iapo.estimators import draws, kl_estimate, mean_over_prompts, order_weights, prompt_win_rate
+from iapo.estimators import draws, mean_over_prompts, order_weights, prompt_win_rate
 from iapo.procedures import Functional, early_stop, parse_procedure
 
 SMALL = {
@@ -154,80 +154,3 @@ def test_equal_values_have_no_spread_and_the_seed_decides():
 
 def test_one_prompt_alone_has_no_standard_error():
     assert mean_over_prompts(np.array([0.7])).se == float("inf")
-
-
-def test_control_variate_is_unbiased_and_tighter():
-    """Δ ~ N(κ, 2κ) under the policy has E[e^−Δ] = 1, as log-ratios have, and KL κ."""
-    kl = 0.5
-    draws = np.random.default_rng(0).normal(kl, np.sqrt(2 * kl), (400, 96, 16))
-    estimates = np.array([kl_estimate(one) for one in draws])
-    assert abs(estimates[:, 0].mean() - kl) < 0.005  # of which three standard errors are 0.003
-    assert estimates[:, 0].std() < 0.8 * draws.mean(axis=(1, 2)).std()
-    assert estimates[:, 1].mean() == pytest.approx(estimates[:, 0].std(), rel=0.15)
-
-
-def policy_of(procedure: str, kl: float, prompts: int, samples: int, generator) -> np.ndarray:
-    """Δ = log f(u), u ~ f, of the optimum: its KL is known exactly."""
-    form = solve(procedure, target_kl=kl)
-    u = np.unique(np.r_[0, np.geomspace(1e-14, 0.5, 20_000), 1 - np.geomspace(1e-14, 0.5, 20_000)])
-    return form.log_density(np.interp(generator.random((prompts, samples)), form.cdf(u), u))
-
-
-@pytest.mark.parametrize(
-    ("procedure", "kl", "tighter"),
-    [("best_of(4)", 0.5, 0.5), ("best_of(16)", 1.0, 0.5), ("worst_of(4)", 0.5, 1.05), ("worst_of(16)", 0.5, 1.05)],
-)
-def test_intervals_of_the_kl_cover_it(procedure, kl, tighter):
-    """95 % intervals of 400 evaluations: 360 or fewer by chance is p < 1e-5. best_of has half the plain error or less;
-    worst_of, whose e^−Δ are rare and huge, is left alone: with it as a control variate these cover 40 % and 5 %."""
-    generator = np.random.default_rng(1)
-    draws = policy_of(procedure, kl, 400 * 128, 32, generator).reshape(400, 128, 32)
-    values, errors = np.array([kl_estimate(one) for one in draws]).T
-    assert np.sum(np.abs(values - kl) < 1.96 * errors) > 360
-    assert values.std() < tighter * draws.mean(axis=(1, 2)).std()
-
-
-@pytest.mark.parametrize(("kl", "prompts"), [(0.1, 128), (0.5, 128), (2.0, 64)])
-def test_intervals_cover_where_prompts_differ_in_kl(kl, prompts):
-    """Prompts are a sample too: their own KLs scatter by a factor of two about the mean."""
-    generator = np.random.default_rng(2)
-    own = kl * np.exp(0.7 * generator.normal(size=(400, prompts, 1)) - 0.7**2 / 2)
-    draws = own + np.sqrt(2 * own) * generator.normal(size=(400, prompts, 32))
-    values, errors = np.array([kl_estimate(one) for one in draws]).T
-    assert np.sum(np.abs(values - kl) < 1.96 * errors) > 350  # of a skew mean of 64, plain intervals cover 370
-
-
-def test_responses_that_are_cut_are_events_of_their_own():
-    """E[e^−Δ] = 1 over the responses of two Markov chains of which most are cut at a length, by enumeration; the KL by
-    the control variate, from samples, is theirs."""
-    generator = np.random.default_rng(3)
-    reference, policy = (generator.dirichlet([3, 3, 1], size=3) for _ in range(2))  # next token, by token; 2 ends
-    longest, events = 5, []
-
-    def extend(tokens: tuple[int, ...], p: float, q: float) -> None:
-        if len(tokens) == longest or (tokens and tokens[-1] == 2):
-            events.append((p, q))
-            return
-        for token in range(3):
-            last = tokens[-1] if tokens else 0
-            extend((*tokens, token), p * policy[last, token], q * reference[last, token])
-
-    extend((), 1.0, 1.0)
-    p, q = np.array(events).T
-    assert p.sum() == pytest.approx(1) and (p * (q / p)).sum() == pytest.approx(1)
-    kl = float(p @ np.log(p / q))
-    drawn = generator.choice(len(p), p=p, size=(128, 64))
-    value, error = kl_estimate(np.log(p / q)[drawn])
-    plain = np.log(p / q)[drawn].mean(axis=1).std() / 128**0.5
-    assert error < 0.8 * plain and abs(value - kl) < 4 * error
-
-
-def test_a_policy_that_is_the_reference_has_no_kl():
-    assert kl_estimate(np.zeros((4, 8))) == (0.0, 0.0)
-
-
-def test_far_from_the_reference_the_log_ratios_speak_for_themselves():
-    """No sample of Δ ~ N(κ, 2κ) shows the e^−Δ that its mean of 1 consists of: it would be noise as a control."""
-    draws = np.random.default_rng(0).normal(80, np.sqrt(160), (96, 16))
-    value, error = kl_estimate(draws)
-    assert value == pytest.approx(draws.mean()) and error == pytest.approx(mean_over_prompts(draws.mean(axis=1)).se)

@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from iapo.config import load_config
 from iapo.errors import UserError
-from iapo.estimators import kl_estimate
 from iapo.evaluate import (
     HIGHEST_KL,
     base_ks_distance,
@@ -38,20 +37,11 @@ def config(tiny_run):
     return load_config(tiny_run(evaluate={"procedures": ["sample", "worst_of(2)", "best_of(4)"]}))
 
 
-def table(rewards: dict[tuple[str, str], list[float]], ratios: dict[str, float]) -> pd.DataFrame:
-    """rewards: (policy, prompt) -> rewards of its samples; ratios: the mean log-ratio of the samples of a prompt.
-
-    Log-ratios alternate between two values such that the mean of e^-log_ratio is 1, as it is of a policy's own samples.
-    """
+def table(rewards: dict[tuple[str, str], list[float]], kls: dict[str, float]) -> pd.DataFrame:
+    """rewards: (policy, prompt) -> rewards of its samples; kls: the KL along every sample of a prompt."""
     return pd.DataFrame(
         [
-            {
-                "policy": policy,
-                "prompt_id": prompt,
-                "sample_id": number,
-                "reward": reward,
-                "log_ratio": ratios[prompt] + (-1) ** number * np.arccosh(np.exp(ratios[prompt])),
-            }
+            {"policy": policy, "prompt_id": prompt, "sample_id": number, "reward": reward, "kl": kls[prompt]}
             for (policy, prompt), values in rewards.items()
             for number, reward in enumerate(values)
         ]
@@ -89,26 +79,25 @@ def test_metrics_by_hand(config):
         assert 0 < gain < 0.5 and trained["kl_efficiency"] == pytest.approx(0.25 / gain)
 
 
-def test_the_kl_is_estimated_with_a_control_variate_over_prompts(config):
-    """Rows in any order; the plain mean of the log-ratios is another number, with twice the error."""
-    ratios = np.random.default_rng(0).normal(0.1, 0.2**0.5, (40, 16))
+def test_the_kl_is_a_mean_over_prompts_with_their_error(config):
+    """Rows in any order."""
+    kls = np.random.default_rng(0).random((40, 16))
     reference = {f"p{n:02}": np.arange(16.0) for n in range(40)}
     made = table({(p, q): list(range(16)) for p in ("base", "trained") for q in reference}, dict.fromkeys(reference, 0))
-    made = made.assign(log_ratio=np.r_[0 * ratios.ravel(), ratios.ravel()]).sample(frac=1, random_state=0)
+    made = made.assign(kl=np.r_[0 * kls.ravel(), kls.ravel()]).sample(frac=1, random_state=0)
     base, trained = (
         {r["name"]: r for r in metrics(config, made, reference)["policies"]}[p] for p in ("base", "trained")
     )
     assert (base["kl"], base["kl_se"]) == (0, 0)
-    assert (trained["kl"], trained["kl_se"]) == pytest.approx(kl_estimate(ratios))
-    assert trained["kl_se"] < 0.5 * ratios.mean(axis=1).std() / 40**0.5
-    assert abs(trained["kl"] - 0.1) < 4 * trained["kl_se"]
+    assert trained["kl"] == pytest.approx(kls.mean())
+    assert trained["kl_se"] == pytest.approx(kls.mean(axis=1).std(ddof=1) / 40**0.5)
 
 
 def test_metrics_of_a_verifier_are_against_the_optimum_of_its_levels(config):
     """Pass rates of about 0.2 under best_of(4): 0.670528 is the most at 0.207235 nats (test_atoms)."""
     fifth = np.repeat([0.0, 1.0], [4000, 1000])
-    ratios = {"a": 0.2, "b": 0.21447}
-    made = table({(policy, prompt): [0.0, 1.0] * 4 for policy in ("base", "trained") for prompt in "ab"}, ratios)
+    kls = {"a": 0.2, "b": 0.21447}
+    made = table({(policy, prompt): [0.0, 1.0] * 4 for policy in ("base", "trained") for prompt in "ab"}, kls)
     trained = next(
         r for r in metrics(config, made, {"a": fifth, "b": fifth})["policies"] if r["procedure"] == "best_of(4)"
     )
@@ -124,15 +113,14 @@ def test_metrics_of_a_verifier_are_against_the_optimum_of_its_levels(config):
 
 def test_nothing_to_win_has_no_efficiency(config):
     made = table({(policy, "a"): [1.0] * 4 for policy in ("base", "trained")}, {"a": 0.5})
-    made = pd.concat([made, made.assign(prompt_id="b", log_ratio=0.6)])
+    made = pd.concat([made, made.assign(prompt_id="b", kl=0.6)])
     for record in metrics(config, made, dict.fromkeys("ab", np.ones(4)))["policies"]:
         assert record["closed_form_win_rate"] == pytest.approx(0.5) and record["kl_efficiency"] is None
 
 
 def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
-    samples = {(policy, prompt): [0.0, 1.0, 5.0, 0.0] for policy in ("base", "trained") for prompt in "ab"}
-    found = metrics(config, table(samples, {"a": 0.0, "b": 0.02}), REFERENCE)["policies"]
-    assert [(r["kl"], r["kl_se"]) for r in found] == [pytest.approx((0.01, 0.01))] * len(found)
+    made = MADE.assign(kl=[-0.1] * 4 + [0.12] * 4 + [-0.1] * 4 + [0.12] * 4)
+    found = metrics(config, made, REFERENCE)["policies"]
     assert all(r["closed_form_win_rate"] is None and r["kl_efficiency"] is None for r in found)
     json.dumps(found, allow_nan=False)
 
@@ -140,7 +128,7 @@ def test_no_efficiency_where_the_kl_is_not_above_its_error(config):
 @pytest.mark.parametrize("kl", [30.0, 1e6, -3.0, 0.0, float("nan")])
 def test_any_measured_kl_has_metrics(config, kl):
     """Beyond HIGHEST_KL the closed form is that of HIGHEST_KL; where there is nothing to compare with it is null."""
-    found = metrics(config, MADE.assign(log_ratio=kl), REFERENCE)["policies"]
+    found = metrics(config, MADE.assign(kl=kl), REFERENCE)["policies"]
     for record in found:
         if kl > 0:
             procedure = parse_procedure(record["procedure"])

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import make_tokenizer, tiny_config
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from iapo.logprobs import Sharing, logprobs_of, make_batch, pack, response_logprobs, sharing_of
+from iapo import token_logprobs
+from iapo.logprobs import Sharing, divergences_of, logprobs_of, make_batch, pack, response_logprobs, sharing_of
 from iapo.models import prompt_token_ids
 from iapo.store import read_table
 
@@ -64,6 +66,56 @@ def test_probabilities_of_all_short_responses_sum_to_one(model):
     responses = [[1], *([a, b] for a in range(40) if a != 1 for b in range(40))]
     values = logprobs_of(model, [[20, 21]] * len(responses), responses, pad_id=0, batch_size=256)
     assert torch.tensor(values).double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module", params=["all-linear", ["q_proj", "lm_head"]], ids=["layers", "output layer too"])
+def policy(request):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(tiny_config(vocab_size=40)).eval()
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules=request.param, task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    return policy
+
+
+@torch.inference_mode()
+def slow_divergence(policy, prompt: list[int], response: list[int], temperature: float) -> tuple[float, float]:
+    log_ratio = kl = 0.0
+    for position, token in enumerate(response):
+        ids = torch.tensor([prompt + response[:position]])
+        own = torch.log_softmax(policy(input_ids=ids).logits[0, -1].double() / temperature, -1)
+        with policy.disable_adapter():
+            reference = torch.log_softmax(policy(input_ids=ids).logits[0, -1].double() / temperature, -1)
+        log_ratio += float((own - reference)[token])
+        kl += float(torch.nn.functional.kl_div(reference, own, log_target=True, reduction="sum"))
+    return log_ratio, kl
+
+
+@pytest.mark.parametrize("whole_logits", [False, True])
+@pytest.mark.parametrize(("batch_size", "temperature"), [(1, 1.0), (3, 0.7), (64, 1.0)])
+def test_divergences_are_those_of_the_loop(policy, batch_size, temperature, whole_logits, monkeypatch):
+    expected = [slow_divergence(policy, p, r, temperature) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    monkeypatch.setitem(token_logprobs.CHUNK, "cpu", 3 * 40)  # three tokens at a time
+    sharing_of(policy)
+    token_logprobs.teach(policy.get_base_model(), logits=whole_logits)
+    found = divergences_of(policy, PROMPTS, RESPONSES, pad_id=0, batch_size=batch_size, temperature=temperature)
+    assert [one.log_ratio for one in found] == pytest.approx([one for one, _ in expected], abs=TOLERANCE)
+    assert [one.kl for one in found] == pytest.approx([kl for _, kl in expected], abs=TOLERANCE)
+    assert max(abs(one) for one, _ in expected) > 0.3 and min(kl for _, kl in expected) > 0.01
+
+
+def test_the_kl_along_responses_has_the_mean_of_the_log_ratio_and_less_chance_in_it(policy):
+    """Over all responses of at most two tokens of 40, 1 ends them: the chain rule, cut at a length, exactly."""
+    responses = [[1], *([a, b] for a in range(40) if a != 1 for b in range(40))]
+    prompts = [[20, 21]] * len(responses)
+    found = divergences_of(policy, prompts, responses, pad_id=0, batch_size=256)
+    p = torch.tensor(logprobs_of(policy, prompts, responses, pad_id=0, batch_size=256)).double().exp()
+    log_ratio, kl = (torch.tensor([getattr(one, name) for one in found]).double() for name in ("log_ratio", "kl"))
+    assert float(p @ kl) == pytest.approx(float(p @ log_ratio), rel=1e-4)
+    assert float(p @ kl) > 0.05
+    assert float(p @ (kl - p @ kl) ** 2) < 0.1 * float(p @ (log_ratio - p @ log_ratio) ** 2)
 
 
 def test_padded_batch_by_hand():

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from iapo import token_logprobs
 from iapo.logprobs import Sharing, logprobs_of, make_batch, response_logprobs, sharing_of
-from iapo.token_logprobs import LogitForm, Scored, chosen_logprobs, logit_form, logprobs_from_logits
+from iapo.token_logprobs import LogitForm, chosen_logprobs, logit_form, logprobs_from_logits
 
 VOCABULARY, WIDTH, TOKENS = 37, 16, 23
 FORMS = {"plain": LogitForm(), "scaled": LogitForm(0.3), "capped": LogitForm(2.0, 3.0)}
@@ -139,7 +139,7 @@ def test_log_probs_of_kept_logits(monkeypatch):
     logits = torch.tensor(np.random.default_rng(0).standard_normal((2, 5, VOCABULARY)))
     before, targets = torch.tensor([0, 3, 9, 9]), torch.tensor([4, 0, 36, 1])
     expected = torch.log_softmax(logits.reshape(10, -1) / 0.5, -1)[before, targets]
-    assert torch.allclose(logprobs_from_logits(logits, Scored(before, targets, 0.5)).double(), expected, atol=1e-5)
+    assert torch.allclose(logprobs_from_logits(logits, before, targets, 0.5).double(), expected, atol=1e-5)
 
 
 def test_the_model_is_as_before_without_the_argument():
