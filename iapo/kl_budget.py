@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 
 RESPONSES = 1536
-"""Sampled for each estimate of the KL: its standard error is then about 3 % at half a nat (measured: docs/log.md)."""
+"""Sampled for each estimate of the KL: its standard error is then 1 to 3 % at half a nat (measured: docs/log.md)."""
 TOLERANCE = 0.03
 ROUNDS = 6
 SMALLEST, LARGEST = 1 / 16, 8.0

@@ -223,7 +223,7 @@ def divergences_of(
         own = _forward(policy, batch, states)
         with policy.disable_adapter():
             reference = _forward(policy, batch, states)
-        at_a_time = rows_at_a_time(inner.config.get_text_config().vocab_size, own.device)
+        at_a_time = rows_at_a_time(4 * inner.config.get_text_config().vocab_size, own.device)  # four such are held
         per_token = []
         parts = (part.split(at_a_time) for part in (own, reference, batch.targets))
         for one, other, target in zip(*parts, strict=True):
