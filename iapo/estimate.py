@@ -47,6 +47,9 @@ CARDS = {
 }
 """Makers' figures."""
 
+FACTORS_TRIED = 3
+"""By `iapo.kl_budget`, each on RESPONSES of its samples; two to four in the runs of docs/results.md."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -60,6 +63,7 @@ class Need:
 def estimate(config: Config, card: Card) -> list[Need]:
     """Needs of the stages that use a GPU, in order. UserError where a model's configuration cannot be had."""
     from iapo.dry_run import classifying_pass, sampling_step, scoring_pass, training_pass
+    from iapo.kl_budget import RESPONSES
     from iapo.packed_trainer import handful
 
     base = make_model(config.model)
@@ -102,16 +106,14 @@ def estimate(config: Config, card: Card) -> list[Need]:
     )
     adapter = ADAPTER_BYTES * adapter_parameters(base(), train.lora_rank)
     evaluated = held_out * config.evaluate.samples_per_prompt * (2 + len(config.evaluate.adapters))
+    own_samples = weights + max(last.peak, reference.peak) + OVERHEAD, drawing + 2 * seconds(reference)
     trained = (prompts - held_out) * each * train.epochs
     return [
         *found,
         Need("ref_logprobs", weights + reference.peak + OVERHEAD, prompts * each * seconds(reference)),
         Need("train", weights + adapter + step.peak + OVERHEAD, trained * seconds(step)),
-        Need(
-            "evaluate",
-            weights + max(last.peak, reference.peak) + OVERHEAD,
-            evaluated * (drawing + 2 * seconds(reference)),
-        ),
+        Need("train: factor", own_samples[0], FACTORS_TRIED * RESPONSES * own_samples[1]),
+        Need("evaluate", own_samples[0], evaluated * own_samples[1]),
     ]
 
 

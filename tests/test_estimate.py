@@ -157,7 +157,8 @@ def test_memory_and_time_grow_as_they_must(tmp_path, wide_model):
         return {need.stage: need for need in estimate(make_config(settings), CARDS["rtx-3060"])}
 
     small, large = needs(), needs(batch_size=64, samples_per_prompt=32)
-    assert list(small) == ["sample", "ref_logprobs", "train", "evaluate"]  # a function needs no GPU to score
+    stages = ["sample", "ref_logprobs", "train", "train: factor", "evaluate"]  # a function needs no GPU to score
+    assert list(small) == stages
     assert large["sample"].memory > small["sample"].memory
     assert large["train"].memory == small["train"].memory
     assert large["train"].seconds == pytest.approx(2 * small["train"].seconds)
