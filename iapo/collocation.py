@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_banded
 
 from iapo.curves import (
-    LOWEST_LOG_CDF,
     LOWEST_LOG_REST,
     Curve,
     Tangent,
@@ -143,7 +142,7 @@ Row = tuple[dict[int, float], float]
 
 
 def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
-    """log F = -70 and f / F = k / beta + 1 / u there, u from (6) where F is a power of u, or f itself falls with F."""
+    """log F is as it is, and f / F = k / beta + 1 / u, u from (6) where F is a power of u, or f itself falls with F."""
     log_cdf, log_f = curve.state[0]
     log_rest = curve.log_rest(np.zeros(()), curve.state[0])
     log_k, by_cdf, by_rest = (float(one) for one in kernel_slopes(pairs, log_cdf, log_rest))
@@ -152,7 +151,7 @@ def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
     log_slope = log_k - curve.log_beta
     total = np.logaddexp(log_slope, -np.log(u))
     share = float(np.exp(log_slope - total))
-    begins = ({0: 1.0}, LOWEST_LOG_CDF - log_cdf)
+    begins = ({0: 1.0}, 0.0)
     if share > 0.5:  # in logarithms: L - log F = log(k / beta + 1 / u)
         by_y = share * by_rest + (1 - share) * rest / u
         row = {0: -1 - share * by_cdf - by_y, 1: 1 - by_y, 2: by_y, 4: share}

@@ -11,16 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_banded
 
-from iapo.curves import Curve, defect, interpolate, kernel_slopes, shares
+from iapo.curves import LOWEST_LOG_CDF, Curve, defect, interpolate, kernel_slopes, log_kernel, shares
 from iapo.procedures import Pairing
 from iapo.quadrature import ORDER, nodes
 
 Floats = NDArray[np.float64]
 
-ROUGHLY = 3e-4  # of `defect`, on the way
+ROUGHLY = 3e-5  # of `defect`, on the way
 _LONGEST = 6.0  # panel, in s
 _FINER = 8  # places a panel where `_motion` looks
 _STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
+_DEEPER = -140.0  # log F where curves begin instead while a flat log f falls from 25 above `LOWEST_LOG_CDF` to below it
+_NEAR, _RISEN = 25.0, 20.0  # of that log f above `LOWEST_LOG_CDF`; of log f at that log F, above the flat
+_FLAT = np.log(0.1)  # of the log of k / beta u, the change of log f up to u
 
 
 def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: float = 0.5) -> Curve:
@@ -48,6 +51,67 @@ def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: f
         state_ahead, stages_ahead = on(tangent.state, tangent.stages)
         tangent = replace(tangent, state=state_ahead, stages=stages_ahead)
     return replace(curve, edges=edges, state=state, stages=stages, tangent=tangent)
+
+
+def begun(pairs: tuple[Pairing, ...], curve: Curve) -> Curve | None:
+    """The curve from where it should begin as the KL grows; None if that is where it does.
+
+    Where f is flat below its rise, F = f u, and this log f falls as the KL grows, by thousands for a nat. As it passes
+    the log F where curves begin, they would begin no longer at u next to 0 but in the rise, from one step to the next.
+    So they begin much lower before it comes there, and once it is far below, in the rise, without the flat.
+    """
+    log_cdf, log_f = curve.state[0]
+    if log_cdf < LOWEST_LOG_CDF - 1:
+        at = _place_of(curve, LOWEST_LOG_CDF)
+        return _cut(curve, at) if curve.at(at)[1] > log_f + _RISEN else None
+    log_rest = curve.log_rest(np.zeros(()), curve.state[0])
+    log_slope = log_kernel(pairs, log_cdf, log_rest) - curve.log_beta
+    if log_f < LOWEST_LOG_CDF + _NEAR and log_slope + log_cdf - log_f < _FLAT:
+        return _extended(curve)
+    return None
+
+
+def _place_of(curve: Curve, log_cdf: float) -> Floats:
+    """The place of this log F."""
+    place = np.append(curve.edges[:-1, None] + np.diff(curve.edges)[:, None] * (np.arange(_FINER) / _FINER), 1)
+    values = np.maximum.accumulate(curve.at(place)[:, 0])
+    return np.asarray(np.interp(log_cdf, values, place))
+
+
+def _cut(curve: Curve, at: Floats) -> Curve:
+    """The curve from a place on."""
+    edges = np.append(at, curve.edges[curve.edges > at + 1e-6])
+    rest = 1 - float(at)
+    return Curve(
+        (edges - at) / rest,
+        np.concatenate([curve.at(edges[:-1]), curve.state[-1:]]),
+        curve.at(nodes(edges)),
+        curve.first + curve.length * float(at),
+        curve.length * rest,
+        curve.log_beta,
+        curve.kl,
+    )
+
+
+def _extended(curve: Curve) -> Curve:
+    """The curve from `_DEEPER` in log F on, with F = f u there."""
+    length = LOWEST_LOG_CDF - _DEEPER
+    more = np.linspace(0, length, int(np.ceil(length / _LONGEST)) + 1)
+
+    def flat(at: Floats) -> Floats:
+        return np.stack([curve.state[0, 0] - length + at, np.full(at.shape, curve.state[0, 1])], axis=-1)
+
+    edges = np.append(more[:-1], length + curve.edges * curve.length)
+    total = length + curve.length
+    return Curve(
+        edges / total,
+        np.concatenate([flat(more[:-1]), curve.state]),
+        np.concatenate([flat(nodes(more)), curve.stages]),
+        curve.first - length,
+        total,
+        curve.log_beta,
+        curve.kl,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +171,7 @@ def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: fl
     power = -0.5
     if before is not None and before.tangent is not None and before.kl < curve.kl:
         pace = _motion(pairs, before)[1].pace
-        power = float(np.clip(np.log(motion.pace / pace) / np.log(curve.kl / before.kl), -1.5, 1.5))
+        power = float(np.clip(np.log(motion.pace / pace) / np.log(curve.kl / before.kl), -1.5, 100))
     log_ratio = np.log(kl / curve.kl)
     more = curve.kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1))
     values = curve.at(motion.place) + more * motion.values

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from iapo.collocation import newton
 from iapo.curves import LOWEST_LOG_CDF, LOWEST_LOG_REST, Curve, defect, kernel_slopes, log_kernel, win_rate
 from iapo.errors import UserError
-from iapo.meshes import ROUGHLY, ahead, remesh
+from iapo.meshes import ROUGHLY, ahead, begun, remesh
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import nodes
 
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 _TOLERANCE = 2e-11  # of `defect`
 _WORST = 1e-9  # of `defect`, where rounding leaves no more to be had
-_AWRY = 0.02  # of `defect`, where the panels are too coarse for the step
+_AWRY = 0.002  # of `defect`, where the panels are too coarse for the step
 _ROUGH_STEP = 1e-3  # of Newton's last step on the way
 _MOST_PANELS = 3000  # the hardest of benchmarks/closed_form.py takes 250
 _MOST_CHANGED = 0.5  # log k where the path begins, by F not being u
@@ -46,11 +46,17 @@ class Collocation:
         iterations = found[1]
         for _ in range(3):
             if np.max(defect(self.pairs, found[0])) < _AWRY:
-                return found[0], iterations
+                return self._begun(found[0]), iterations
             found = newton(self.pairs, remesh(self.pairs, found[0], ROUGHLY), kl=kl, tolerance=_ROUGH_STEP)
             if found is None:
                 return None
         return None
+
+    def _begun(self, curve: Curve) -> Curve:
+        """From where it should begin as the KL grows."""
+        guess = begun(self.pairs, curve)
+        found = newton(self.pairs, guess, kl=curve.kl, tolerance=_ROUGH_STEP) if guess else None
+        return found[0] if found else curve
 
     def refine(self, curve: Curve, kl: float | None = None, log_beta: float | None = None) -> Curve | None:
         """On panels made anew until the equations hold between the nodes."""
@@ -168,7 +174,7 @@ def tail(pairs: tuple[Pairing, ...], curve: Curve, u: Floats) -> Floats:
     exponent = np.minimum(_log_tail_rise(pairs, u, end) - curve.log_beta, _LOWEST)
     integrated = log_f - np.exp(exponent)
     at = np.linspace(0, end, 513)
-    log_k, power, _ = kernel_slopes(pairs, np.full(at.shape, LOWEST_LOG_CDF), np.log1p(-at))
+    log_k, power, _ = kernel_slopes(pairs, np.full(at.shape, curve.state[0, 0]), np.log1p(-at))
     if power[-1] < 1e-3:
         return integrated
     falls = (np.maximum.accumulate(log_k[::-1])[::-1] - log_k[-1]) / power[-1]
