@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_banded
+from scipy.linalg.lapack import dgbsv
 
 from iapo.curves import (
     LOWEST_LOG_REST,
@@ -28,6 +28,7 @@ _MOST_ITERATIONS = 12
 _HOPELESS = 2.0  # size of a first step from which Newton does not come back; of the fourth, half of it
 _AT_AN_EDGE = 6  # unknown: log F, L, first, length, log beta, KL so far
 _BAND = 8  # of the system of edges, on either side of its diagonal
+_ROWS, _COLUMNS = np.indices((_AT_AN_EDGE, _AT_AN_EDGE))
 
 
 def newton(
@@ -177,25 +178,21 @@ def _solve_edges(
     A banded LU with pivoting is stable where multiplying the transfer matrices (shooting) is not.
     """
     panels = len(transfer)
-    size = _AT_AN_EDGE * (panels + 1)
-    banded = np.zeros((2 * _BAND + 1, size))  # banded[_BAND + row - column, column]
-    rights = np.zeros((size, 2))
+    by_edge = np.zeros((panels + 1, _AT_AN_EDGE, 3 * _BAND + 1))  # as LAPACK has bands: [column, 2 _BAND + row - column]
+    by_edge[:-1, _COLUMNS, 2 * _BAND + 3 + _ROWS - _COLUMNS] = -transfer
+    by_edge[1:, :, 2 * _BAND - 3] = 1
     at_left = [*left, ({5: 1.0}, -first_kl)]
     at_right = [*right, ({target[0]: 1.0}, target[1])]
-    for row, (coefficients, value) in enumerate(at_left):
-        for column, coefficient in coefficients.items():
-            banded[_BAND + row - column, column] = coefficient
-        rights[row, 0] = value
-    panel = _AT_AN_EDGE * np.arange(panels)
-    for row in range(_AT_AN_EDGE):
-        for column in range(_AT_AN_EDGE):
-            banded[_BAND + 3 + row - column, panel + column] = -transfer[:, row, column]
-        banded[_BAND - 3, panel + _AT_AN_EDGE + row] = 1
-    rights[3:-3, 0] = constant.ravel()
-    for row, (coefficients, value) in enumerate(at_right):
-        for column, coefficient in coefficients.items():
-            banded[_BAND + 3 + row - column, size - _AT_AN_EDGE + column] = coefficient
-        rights[size - 3 + row, 0] = value
-    rights[-1, 1] = 1
-    solution = solve_banded((_BAND, _BAND), banded, rights, check_finite=False).reshape(panels + 1, _AT_AN_EDGE, 2)
-    return solution[..., 0], solution[..., 1]
+    for edge, first, conditions in ((0, 0, at_left), (-1, 3, at_right)):
+        for row, (coefficients, _) in enumerate(conditions, first):
+            for column, coefficient in coefficients.items():
+                by_edge[edge, column, 2 * _BAND + row - column] = coefficient
+    rights = np.zeros((2, _AT_AN_EDGE * (panels + 1)))
+    rights[0] = np.r_[[value for _, value in at_left], constant.ravel(), [value for _, value in at_right]]
+    rights[1, -1] = 1
+    banded = by_edge.reshape(-1, 3 * _BAND + 1).T
+    _, _, solution, failed = dgbsv(_BAND, _BAND, banded, rights.T, overwrite_ab=True, overwrite_b=True)
+    if failed:
+        raise np.linalg.LinAlgError
+    change, ahead = solution.T.reshape(2, panels + 1, _AT_AN_EDGE)
+    return change, ahead

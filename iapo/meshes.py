@@ -23,6 +23,7 @@ _FINER = 8  # places a panel where `_motion` looks
 _STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
 _DEEPER = -140.0  # log F where curves begin instead while a flat log f falls from 25 above `LOWEST_LOG_CDF` to below it
 _NEAR, _RISEN = 25.0, 20.0  # of that log f above `LOWEST_LOG_CDF`; of log f at that log F, above the flat
+_HIGHEST_POWER = 100.0  # of the KL, that the pace may be
 _FLAT = np.log(0.1)  # of the log of k / beta u, the change of log f up to u
 
 
@@ -116,11 +117,10 @@ def _extended(curve: Curve) -> Curve:
 
 @dataclass(frozen=True, eq=False)
 class _Motion:
-    """How a curve moves as the KL grows, by place, (m,): of (log F, L), (m, 2), and of s."""
+    """How a curve moves as the KL grows, by place, (m,): of (log F, L, s), (m, 3)."""
 
     place: Floats
     values: Floats
-    s: Floats
     pace: float
 
 
@@ -161,21 +161,35 @@ def _motion(pairs: tuple[Pairing, ...], rough: Curve) -> tuple[Curve, _Motion]:
     moved = solve_banded((1, 1), banded, right, check_finite=False)
     movement = np.stack([of_rest - moved * rest, of_cdf + moved * cdf, of_f + moved * f])
     pace = float(np.sqrt(np.sum(mass * np.sum(movement**2, axis=0))))
-    return curve, _Motion(place, movement[1:].T, of_s + moved, pace)
+    values = np.stack([*movement[1:], of_s + moved], axis=-1)
+    return curve, _Motion(place, values, pace)
 
 
 def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: float) -> Curve | None:
-    """A guess at a larger KL; None if it is no curve. The pace is a power of the KL, by the last two curves."""
+    """A guess at a larger KL; None if it is no curve.
+
+    The pace is a power of the KL, by the last two curves; in a time of which it is the pace, the movement goes on as it
+    is and as it has changed between the two.
+    """
     curve, motion = _motion(pairs, curve)
     assert curve.tangent is not None
-    power = -0.5
+    power, turn, turn_of_beta = -0.5, np.zeros_like(motion.values), 0.0
     if before is not None and before.tangent is not None and before.kl < curve.kl:
-        pace = _motion(pairs, before)[1].pace
-        power = float(np.clip(np.log(motion.pace / pace) / np.log(curve.kl / before.kl), -1.5, 100))
-    log_ratio = np.log(kl / curve.kl)
-    more = curve.kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1))
-    values = curve.at(motion.place) + more * motion.values
-    s = np.maximum.accumulate(curve.first + curve.length * motion.place + more * motion.s)
+        start, earlier = _motion(pairs, before)
+        faster = motion.pace / earlier.pace
+        power = float(np.clip(np.log(faster) / np.log(curve.kl / before.kl), -1.5, _HIGHEST_POWER))
+        if abs(start.state[0, 0] - curve.state[0, 0]) < 1:  # where it begins is the same
+            passed = -_time(curve.kl, before.kl, power)
+            s = start.first + start.length * earlier.place + passed * faster * earlier.values[:, 2]
+            s = np.maximum.accumulate(s)
+            place = (s - s[0]) / (s[-1] - s[0])  # of what was at these places, now
+            was = np.stack([np.interp(motion.place, place, one) for one in faster * earlier.values.T], axis=-1)
+            turn = (motion.values - was) / passed
+            turn_of_beta = (curve.tangent.log_beta - faster * start.tangent.log_beta) / passed
+    more = _time(curve.kl, kl, power)
+    movement = more * (motion.values + more / 2 * turn)
+    values = curve.at(motion.place) + movement[:, :2]
+    s = np.maximum.accumulate(curve.first + curve.length * motion.place + movement[:, 2])
     length = s[-1] - s[0]
     if not (np.all(np.isfinite(s)) and np.all(np.isfinite(values)) and length > 0):
         return None
@@ -188,8 +202,13 @@ def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: fl
     def at(places: Floats) -> Floats:
         """Values at places of the guess: smooth in the place they come from, and that nearly linear in a panel."""
         source = np.interp(places, place, motion.place)
-        moved = [np.interp(source, motion.place, one) for one in motion.values.T]
-        return curve.at(source) + more * np.stack(moved, axis=-1)
+        return curve.at(source) + np.stack([np.interp(source, motion.place, one) for one in movement[:, :2].T], axis=-1)
 
-    log_beta = curve.log_beta + more * curve.tangent.log_beta
+    log_beta = curve.log_beta + more * (curve.tangent.log_beta + more / 2 * turn_of_beta)
     return Curve(edges, at(edges), at(nodes(edges)), float(s[0]), float(length), float(log_beta))
+
+
+def _time(kl: float, later: float, power: float) -> float:
+    """The integral of (x / kl)^power from kl to a later one."""
+    log_ratio = np.log(later / kl)
+    return float(kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1)))
