@@ -23,6 +23,8 @@ _FINER = 8  # places a panel where `_motion` looks
 _STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
 _DEEPER = -140.0  # log F where curves begin instead while a flat log f falls from 25 above `LOWEST_LOG_CDF` to below it
 _NEAR, _RISEN = 25.0, 20.0  # of that log f above `LOWEST_LOG_CDF`; of log f at that log F, above the flat
+_COUNTS = 1e-9  # the least weight of a place in log beta; where k is nothing log k may be anything
+_GROWTH = 1.0  # of the width of panels with the distance from a narrower one
 _HIGHEST_POWER = 100.0  # of the KL, that the pace may be
 _FLAT = np.log(0.1)  # of the log of k / beta u, the change of log f up to u
 
@@ -30,15 +32,17 @@ _FLAT = np.log(0.1)  # of the log of k / beta u, the change of log f up to u
 def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: float = 0.5) -> Curve:
     """The same functions on panels that have equal defects, by the order of the collocation, of about a tolerance.
 
-    A panel gives way to at least `fewest`: 1 where defects may be no more than rounding, which tells nothing.
+    A panel gives way to at least `fewest`: 1 where defects may be no more than rounding, which tells nothing. Panels
+    grow gradually, for what has come by in a narrow one may be in the next when they are laid out anew.
     """
     needed = np.clip((defect(pairs, curve) / tolerance) ** (1 / ORDER), fewest, 4)
-    for _ in range(2):  # the next panel is not very different
-        needed[:-1] = np.maximum(needed[:-1], 0.3 * needed[1:])
-        needed[1:] = np.maximum(needed[1:], 0.3 * needed[:-1])
-    needed = np.maximum(needed, np.diff(curve.edges) * curve.length / _LONGEST)
-    position = np.r_[0, np.cumsum(needed)]
-    edges = np.interp(np.linspace(0, position[-1], int(np.ceil(position[-1])) + 1), position, curve.edges)
+    low, high = curve.edges[:-1], curve.edges[1:]
+    wide = np.minimum((high - low) / needed, _LONGEST / curve.length)
+    place = np.append(low[:, None] + (high - low)[:, None] * (np.arange(_FINER) / _FINER), 1)
+    away = np.maximum(np.maximum(low - place[:, None], place[:, None] - high), 0)
+    density = 1 / np.min(wide + _GROWTH * away, axis=1)
+    position = np.r_[0, np.cumsum(np.diff(place) * (density[1:] + density[:-1]) / 2)]
+    edges = np.interp(np.linspace(0, position[-1], int(np.ceil(position[-1])) + 1), position, place)
     edges[0], edges[-1] = 0, 1
 
     def on(state: Floats, stages: Floats) -> tuple[Floats, Floats]:
@@ -117,11 +121,17 @@ def _extended(curve: Curve) -> Curve:
 
 @dataclass(frozen=True, eq=False)
 class _Motion:
-    """How a curve moves as the KL grows, by place, (m,): of (log F, L, s), (m, 3)."""
+    """How a curve moves as the KL grows, by place, (m,): of (log F, L, s), (m, 3), and of log k; and what counts there.
+
+    weight: of places, by how log k changes what the curve does there; it sums to 1.
+    """
 
     place: Floats
     values: Floats
     pace: float
+    log_k: Floats
+    of_log_k: Floats
+    weight: Floats
 
 
 @lru_cache(maxsize=4)  # a step that fails is tried again, and the next one asks for the pace of the last curve
@@ -161,35 +171,28 @@ def _motion(pairs: tuple[Pairing, ...], rough: Curve) -> tuple[Curve, _Motion]:
     moved = solve_banded((1, 1), banded, right, check_finite=False)
     movement = np.stack([of_rest - moved * rest, of_cdf + moved * cdf, of_f + moved * f])
     pace = float(np.sqrt(np.sum(mass * np.sum(movement**2, axis=0))))
-    values = np.stack([*movement[1:], of_s + moved], axis=-1)
-    return curve, _Motion(place, values, pace)
+    motion = np.stack([*movement[1:], of_s + moved], axis=-1)
+    of_log_k = by_cdf * movement[1] + by_rest * movement[0]
+    weight = mass * f * (1 - f)
+    return curve, _Motion(place, motion, pace, log_k, of_log_k, weight / np.sum(weight))
 
 
 def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: float) -> Curve | None:
     """A guess at a larger KL; None if it is no curve.
 
-    The pace is a power of the KL, by the last two curves; in a time of which it is the pace, the movement goes on as it
-    is and as it has changed between the two.
+    The pace is a power of the KL, by the last two curves. log beta follows what log k comes to, which where k is a high
+    power is far from its tangent.
     """
     curve, motion = _motion(pairs, curve)
     assert curve.tangent is not None
-    power, turn, turn_of_beta = -0.5, np.zeros_like(motion.values), 0.0
+    power = -0.5
     if before is not None and before.tangent is not None and before.kl < curve.kl:
-        start, earlier = _motion(pairs, before)
-        faster = motion.pace / earlier.pace
+        faster = motion.pace / _motion(pairs, before)[1].pace
         power = float(np.clip(np.log(faster) / np.log(curve.kl / before.kl), -1.5, _HIGHEST_POWER))
-        if abs(start.state[0, 0] - curve.state[0, 0]) < 1:  # where it begins is the same
-            passed = -_time(curve.kl, before.kl, power)
-            s = start.first + start.length * earlier.place + passed * faster * earlier.values[:, 2]
-            s = np.maximum.accumulate(s)
-            place = (s - s[0]) / (s[-1] - s[0])  # of what was at these places, now
-            was = np.stack([np.interp(motion.place, place, one) for one in faster * earlier.values.T], axis=-1)
-            turn = (motion.values - was) / passed
-            turn_of_beta = (curve.tangent.log_beta - faster * start.tangent.log_beta) / passed
-    more = _time(curve.kl, kl, power)
-    movement = more * (motion.values + more / 2 * turn)
-    values = curve.at(motion.place) + movement[:, :2]
-    s = np.maximum.accumulate(curve.first + curve.length * motion.place + movement[:, 2])
+    log_ratio = np.log(kl / curve.kl)
+    more = curve.kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1))
+    values = curve.at(motion.place) + more * motion.values[:, :2]
+    s = np.maximum.accumulate(curve.first + curve.length * motion.place + more * motion.values[:, 2])
     length = s[-1] - s[0]
     if not (np.all(np.isfinite(s)) and np.all(np.isfinite(values)) and length > 0):
         return None
@@ -202,13 +205,10 @@ def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: fl
     def at(places: Floats) -> Floats:
         """Values at places of the guess: smooth in the place they come from, and that nearly linear in a panel."""
         source = np.interp(places, place, motion.place)
-        return curve.at(source) + np.stack([np.interp(source, motion.place, one) for one in movement[:, :2].T], axis=-1)
+        moved = [np.interp(source, motion.place, one) for one in motion.values[:, :2].T]
+        return curve.at(source) + more * np.stack(moved, axis=-1)
 
-    log_beta = curve.log_beta + more * (curve.tangent.log_beta + more / 2 * turn_of_beta)
-    return Curve(edges, at(edges), at(nodes(edges)), float(s[0]), float(length), float(log_beta))
-
-
-def _time(kl: float, later: float, power: float) -> float:
-    """The integral of (x / kl)^power from kl to a later one."""
-    log_ratio = np.log(later / kl)
-    return float(kl * (log_ratio if abs(power + 1) < 1e-3 else np.expm1((power + 1) * log_ratio) / (power + 1)))
+    log_k = log_kernel(pairs, values[:, 0], values[:, 0] + values[:, 1] - s)
+    bent = np.where(motion.weight > _COUNTS, log_k - motion.log_k - more * motion.of_log_k, 0)
+    log_beta = curve.log_beta + more * curve.tangent.log_beta + float(motion.weight @ bent)
+    return Curve(edges, at(edges), at(nodes(edges)), float(s[0]), float(length), log_beta)
