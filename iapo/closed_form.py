@@ -194,7 +194,7 @@ def win_rate_of_cdf(
 def _win_rate(pairs: tuple[Pairing, ...], cdf: Function, corners: Floats) -> float:
     """(4), by quadrature on cells that shrink towards both ends and break at the corners."""
     edges = cells(lambda u: np.zeros_like(u), np.r_[corners, corners_of(pairs)])
-    return float(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))))
+    return float(np.clip(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))), 0, 1))
 
 
 def _kl_at(procedure: Procedure, opponent: Procedure, transform: AnyTransform, target: float) -> float:

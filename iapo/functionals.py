@@ -142,6 +142,9 @@ class Variation:
     def win_rate(self, profile: Profile) -> float:
         return _Discrete(self.pairs, profile).win_rate()
 
+    def reached(self, profile: Profile) -> float | None:
+        return self.win_rate(profile)
+
 
 def first_order_of(pairs: tuple[Pairing, ...]) -> Callable[[ArrayLike], Floats]:
     """The Phi of the reference, (7), with Phi(0) = 0."""

@@ -81,6 +81,10 @@ class Collocation:
     def win_rate(self, curve: Curve) -> float:
         return win_rate(self.pairs, curve)
 
+    def reached(self, curve: Curve) -> float | None:
+        exact = self.refine(curve, curve.kl)  # a rough curve may be far off where few points see the opponent's density
+        return None if exact is None else self.win_rate(exact)
+
 
 # --- The small-KL limit -----------------------------------------------------------------------------------------------
 

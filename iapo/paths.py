@@ -42,6 +42,9 @@ class Solver(Protocol[S]):
     def win_rate(self, point: S) -> float:
         """(4)."""
 
+    def reached(self, point: S) -> float | None:
+        """The win rate of a point of the path, good enough to be told; None if it is not."""
+
 
 def along(solver: Solver[S], kls: Sequence[float]) -> list[S]:
     """The optima at these KLs (nats), increasing, in one pass."""
@@ -128,7 +131,7 @@ def _follow(
 
 
 def _lost(solver: Solver[S], point: S) -> UserError:
-    win_rate = solver.win_rate(point)
-    reason = ", as near 1 as double precision can tell its optimum" if win_rate > _NEXT_TO_ONE else ""
-    there = f", where the win rate is {win_rate:.10g}{reason}" if 0 <= win_rate <= 1 else ""  # the point is a rough one
+    win_rate = solver.reached(point)
+    reason = ", as near 1 as double precision can tell its optimum" if (win_rate or 0) > _NEXT_TO_ONE else ""
+    there = "" if win_rate is None else f", where the win rate is {win_rate:.10g}{reason}"
     return UserError(f"no optimum was found beyond {point.kl:.4g} nats{there}; ask for a smaller KL or a larger beta")
