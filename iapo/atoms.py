@@ -164,7 +164,7 @@ def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
     row, low, high = _crossings(x, missing, shoot)
     root = find_root(shoot, (low, high), args=(row,)).x
     log_f = np.empty((len(row), masses.shape[1]))
-    shoot(np.where(np.isnan(root), low, root), row, log_f)  # nan: rounding took the sign from one that is at its low end
+    shoot(np.where(np.isnan(root), low, root), row, log_f)  # nan: at its low end, but for rounding
     value = atom_win_rate(masses[row], log_f, pairs) - beta * atom_kl(masses[row], log_f)
     best = np.lexsort((value, row))  # the last of each row is its best
     solved = log_f[best[np.searchsorted(row[best], np.arange(len(masses)), side="right") - 1]]

@@ -193,7 +193,7 @@ def win_rate_of_cdf(
 
 
 def _win_rate(pairs: tuple[Pairing, ...], cdf: Function, corners: Floats) -> float:
-    """(4), by quadrature on cells that resolve the opponents' densities, shrink towards both ends, break at the corners."""
+    """(4), by quadrature on cells that resolve the opponents' densities and break at the corners."""
 
     def log_opponents(u: Floats) -> Floats:
         logs = [np.log(w) + b.log_density(u) for w, _, b in pairs]

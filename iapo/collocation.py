@@ -178,9 +178,7 @@ def _solve_edges(
     A banded LU with pivoting is stable where multiplying the transfer matrices (shooting) is not.
     """
     panels = len(transfer)
-    by_edge = np.zeros(
-        (panels + 1, _AT_AN_EDGE, 3 * _BAND + 1)
-    )  # [column, 2 _BAND + row - column], as in LAPACK
+    by_edge = np.zeros((panels + 1, _AT_AN_EDGE, 3 * _BAND + 1))  # [column, 2 _BAND + row - column], as in LAPACK
     by_edge[:-1, _COLUMNS, 2 * _BAND + 3 + _ROWS - _COLUMNS] = -transfer
     by_edge[1:, :, 2 * _BAND - 3] = 1
     at_left = [*left, ({5: 1.0}, -first_kl)]
