@@ -12,7 +12,8 @@ consists of, keep their digits where F and 1 - u are 1e-30 or e^-1000:
     (-d log(1 - u), d log F, dL) / ds = softmax(-log(1 - u), L - log F, log k - log beta) = (a, b, c)
     du = (1 - u) a ds,    dF = F b ds,    KL = integral of L dF
 
-The curve begins at log F = -70 and ends where the mass above u is e^-45. At both ends it goes on in a straight line:
+The curve begins at log F = -70, or lower while a flat log f falls past that (`iapo.meshes`), and ends where the mass
+above u is e^-45. At both ends it goes on in a straight line:
 below, F = f u where F is too small to matter or, where f falls with F, f / F = k / beta + 1 / u; above,
 1 - F = f (1 - u).
 """
@@ -27,7 +28,7 @@ from iapo.quadrature import NODES, ORDER, WEIGHTS, nodes, weights
 
 Floats = NDArray[np.float64]
 
-LOWEST_LOG_CDF = -70.0  # log F where curves begin
+LOWEST_LOG_CDF = -70.0  # log F where curves begin, most of them
 LOWEST_LOG_REST = -45.0  # log of the mass above u where they end
 _STEP = 1e-5  # of the central differences of log k, relative to F and to 1 - F, to u and to 1 - u
 _RANGE = (-1e250, -1e-300)  # of log F and log(1 - u), whose multiples and log(1 - F) are still numbers

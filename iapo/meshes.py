@@ -21,8 +21,8 @@ ROUGHLY = 3e-5  # of `defect`, on the way
 _LONGEST = 6.0  # panel, in s
 _FINER = 8  # places a panel where `_motion` looks
 _STIFFNESS = 0.002  # of the movement along the curve, against what its bends ask for
-_DEEPER = -140.0  # log F where curves begin instead while a flat log f falls from 25 above `LOWEST_LOG_CDF` to below it
-_NEAR, _RISEN = 25.0, 20.0  # of that log f above `LOWEST_LOG_CDF`; of log f at that log F, above the flat
+_DEEPER = -140.0  # log F where curves begin instead while a flat log f falls past `LOWEST_LOG_CDF`
+_NEAR, _RISEN = 25.0, 20.0  # above `LOWEST_LOG_CDF`, where that begins; of log f there above the flat, where it ends
 _COUNTS = 1e-9  # the least weight of a place in log beta; where k is nothing log k may be anything
 _GROWTH = 1.0  # of the width of panels with the distance from a narrower one
 _HIGHEST_POWER = 100.0  # of the KL, that the pace may be
@@ -174,7 +174,7 @@ def _motion(pairs: tuple[Pairing, ...], rough: Curve) -> tuple[Curve, _Motion]:
     motion = np.stack([*movement[1:], of_s + moved], axis=-1)
     of_log_k = by_cdf * movement[1] + by_rest * movement[0]
     weight = mass * f * (1 - f)
-    return curve, _Motion(place, motion, pace, log_k, of_log_k, weight / np.sum(weight))
+    return curve, _Motion(place, motion, pace, log_k, of_log_k, weight / (np.sum(weight) or 1))
 
 
 def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: float) -> Curve | None:
@@ -208,7 +208,8 @@ def ahead(pairs: tuple[Pairing, ...], curve: Curve, before: Curve | None, kl: fl
         moved = [np.interp(source, motion.place, one) for one in motion.values[:, :2].T]
         return curve.at(source) + more * np.stack(moved, axis=-1)
 
-    log_k = log_kernel(pairs, values[:, 0], values[:, 0] + values[:, 1] - s)
-    bent = np.where(motion.weight > _COUNTS, log_k - motion.log_k - more * motion.of_log_k, 0)
-    log_beta = curve.log_beta + more * curve.tangent.log_beta + float(motion.weight @ bent)
+    counts = motion.weight > _COUNTS
+    log_k = log_kernel(pairs, values[counts, 0], np.sum(values[counts], axis=-1) - s[counts])
+    bent = motion.weight[counts] @ (log_k - motion.log_k[counts] - more * motion.of_log_k[counts])
+    log_beta = float(curve.log_beta + more * curve.tangent.log_beta + bent)
     return Curve(edges, at(edges), at(nodes(edges)), float(s[0]), float(length), log_beta)

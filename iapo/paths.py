@@ -125,7 +125,7 @@ def _follow(
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        growth = 0.7 if iterations > 8 else 1 if iterations > 3 else 1.15 if failed else 1.5  # or it fails again
+        growth = 0.7 if iterations > 5 else 1 if iterations > 3 else 1.15 if failed else 1.5  # or it fails again
         factor, failed = min(factor**growth, longest), False
     raise _lost(solver, point)
 
