@@ -6,6 +6,7 @@ beta), and shooting loses digits at one end or the other.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ class Collocation:
     """The solver of `iapo.paths` for pairs of pointwise procedures."""
 
     pairs: tuple[Pairing, ...]
+    quick: ClassVar[int] = 3
 
     def start(self, kl: float, log_beta: float | None = None) -> Curve:
         return _start(self.pairs, kl, log_beta)

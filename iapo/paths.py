@@ -5,7 +5,7 @@ path, on which the KL increases and beta need not decrease.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,9 @@ S = TypeVar("S", bound=Stationary)
 
 class Solver(Protocol[S]):
     """What a path needs to know of the equations."""
+
+    quick: ClassVar[int]
+    """The iterations of a step after which the next one may be longer."""
 
     def start(self, kl: float, log_beta: float | None = None) -> S:
         """The small-KL limit, at `kl` or above `log_beta`, or at less KL if that is large."""
@@ -125,7 +128,8 @@ def _follow(
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        growth = 0.7 if iterations > 5 else 1 if iterations > 3 else 1.15 if failed else 1.5  # or it fails again
+        slow, quick = iterations > 1.7 * solver.quick, iterations <= solver.quick
+        growth = 0.7 if slow else 1 if not quick else 1.15 if failed else 1.5  # or it fails again
         factor, failed = min(factor**growth, longest), False
     raise _lost(solver, point)
 
