@@ -38,10 +38,12 @@ def remesh(pairs: tuple[Pairing, ...], curve: Curve, tolerance: float, fewest: f
     needed = np.clip((defect(pairs, curve) / tolerance) ** (1 / ORDER), fewest, 4)
     low, high = curve.edges[:-1], curve.edges[1:]
     wide = np.minimum((high - low) / needed, _LONGEST / curve.length)
-    place = np.append(low[:, None] + (high - low)[:, None] * (np.arange(_FINER) / _FINER), 1)
-    away = np.maximum(np.maximum(low - place[:, None], place[:, None] - high), 0)
-    density = 1 / np.min(wide + _GROWTH * away, axis=1)
-    position = np.r_[0, np.cumsum(np.diff(place) * (density[1:] + density[:-1]) / 2)]
+    place = low[:, None] + (high - low)[:, None] * (np.arange(_FINER + 1) / _FINER)
+    after = np.r_[np.inf, np.minimum.accumulate(wide - _GROWTH * high)[:-1]][:, None] + _GROWTH * place
+    before = np.r_[np.minimum.accumulate((wide + _GROWTH * low)[::-1])[-2::-1], np.inf][:, None] - _GROWTH * place
+    density = 1 / np.minimum(np.minimum(after, before), wide[:, None])
+    steps = np.diff(place, axis=1) * (density[:, 1:] + density[:, :-1]) / 2
+    position, place = np.r_[0, np.cumsum(steps)], np.append(place[:, :-1], 1)
     edges = np.interp(np.linspace(0, position[-1], int(np.ceil(position[-1])) + 1), position, place)
     edges[0], edges[-1] = 0, 1
 

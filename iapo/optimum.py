@@ -22,9 +22,9 @@ Floats = NDArray[np.float64]
 
 _TOLERANCE = 2e-11  # of `defect`
 _WORST = 1e-9  # of `defect`, where rounding leaves no more to be had
-_AWRY = 0.002  # of `defect`, where the panels are too coarse for the step
+_AWRY, _BAD = 0.002, 0.02  # of `defect`: new panels are asked for, and after two of them are not enough
 _ROUGH_STEP = 1e-3  # of Newton's last step on the way
-_MOST_PANELS = 3000  # the hardest of benchmarks/closed_form.py takes 250
+_MOST_PANELS = 1000  # the hardest of benchmarks/closed_form.py takes 250
 _MOST_CHANGED = 0.5  # log k where the path begins, by F not being u
 _LOWEST = 340.0  # log of the largest -log f given, whose square is still a number
 _APART_FROM_ZERO = 1e-11  # u from which on a curve's beginning counts as the end of a tail
@@ -46,8 +46,8 @@ class Collocation:
         if found is None:
             return None
         iterations = found[1]
-        for _ in range(3):
-            if np.max(defect(self.pairs, found[0])) < _AWRY:
+        for enough in (_AWRY, _AWRY, _BAD):
+            if np.max(defect(self.pairs, found[0])) < enough:
                 return self._begun(found[0]), iterations
             found = newton(self.pairs, remesh(self.pairs, found[0], ROUGHLY), kl=kl, tolerance=_ROUGH_STEP)
             if found is None:
