@@ -43,7 +43,7 @@ class Collocation:
     def advance(self, curve: Curve, kl: float, before: Curve | None) -> tuple[Curve, int] | None:
         guess = ahead(self.pairs, curve, before, kl)
         found = newton(self.pairs, guess, kl=kl, tolerance=_ROUGH_STEP) if guess else None
-        if found is None:
+        if found is None or len(found[0].edges) > _MOST_PANELS:
             return None
         iterations = found[1]
         for enough in (_AWRY, _AWRY, _BAD):
