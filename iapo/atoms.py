@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
+from scipy.optimize.elementwise import find_root
 
 from iapo.closed_form import ClosedForm, optimal_win_rate, solve
 from iapo.errors import UserError
@@ -24,11 +25,12 @@ from iapo.procedures import Pairing, Procedure, has_functional, pairings
 from iapo.transforms import AnyTransform, Optimal
 
 Floats = NDArray[np.float64]
-_SCAN = np.sort(np.concatenate([np.linspace(0, 1, 65), 0.5 ** np.arange(7, 40), 1 - 0.5 ** np.arange(7, 40)]))
-_HALVINGS = 60
+Counts = NDArray[np.int64]
+_FINE = 0.5 ** np.arange(7, 40, 0.5)
+_SCAN = np.sort(np.concatenate([np.linspace(0, 1, 129), _FINE, 1 - _FINE]))
 _NEGLIGIBLE = 1e-6  # of the win rate
 _LEAST_LOG_BETA = -25.0  # below, a nat wins less than 1e-10
-_GOLDEN, _GOLDEN_STEPS = (5**0.5 - 1) / 2, 25
+_INSIDE, _NARROWINGS = np.linspace(0, 1, 17), 6  # points of an interval that narrows around a minimum, and how often
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,76 +272,86 @@ def _optimum(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> Floats:
     """
     grid = np.linspace(0, 1, 257)
     concave = all(np.all(np.diff(a.density(grid)) >= 0) for _, a, _ in pairs)
-    mass_at_top = masses[np.arange(len(masses)), _top(masses)]
+    padding = np.argmax(masses[:, ::-1] > 0, axis=1)  # of each row, at the top; taken to the bottom meanwhile
+    column = (np.arange(masses.shape[1]) - padding[:, None]) % masses.shape[1]
+    masses = np.take_along_axis(masses, column, axis=1)
+    shoot = _shooting(masses, pairs, beta)
+    mass_at_top = masses[:, -1]
     scan = np.array([0.0, 1.0]) if concave else _SCAN
     x = mass_at_top[:, None] + (1 - mass_at_top[:, None]) * scan
-    missing = np.stack([_shoot(masses, x[:, i], pairs, beta)[1] for i in range(len(scan))], axis=1)
+    missing = shoot(x.ravel(), np.repeat(np.arange(len(x)), len(scan)), None).reshape(x.shape)
     missing[:, 0], missing[:, -1] = np.maximum(missing[:, 0], 0), np.minimum(missing[:, -1], 0)
-    row, low, high, sign = _crossings(masses, x, missing, pairs, beta)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        below = sign * _shoot(masses[row], middle, pairs, beta)[1] > 0
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    log_f = _shoot(masses[row], (low + high) / 2, pairs, beta)[0]
+    row, low, high = _crossings(x, missing, shoot)
+    root = find_root(shoot, (low, high), args=(row,)).x
+    log_f = np.empty((len(row), masses.shape[1]))
+    shoot(np.where(np.isnan(root), low, root), row, log_f)  # nan: at its low end, but for rounding
     value = atom_win_rate(masses[row], log_f, pairs) - beta * atom_kl(masses[row], log_f)
     best = np.lexsort((value, row))  # the last of each row is its best
-    return log_f[best[np.searchsorted(row[best], np.arange(len(masses)), side="right") - 1]]
+    solved = log_f[best[np.searchsorted(row[best], np.arange(len(masses)), side="right") - 1]]
+    found = np.empty_like(solved)
+    np.put_along_axis(found, column, np.where(masses > 0, solved, 0), axis=1)
+    return found
 
 
-def _crossings(
-    masses: Floats, x: Floats, missing: Floats, pairs: tuple[Pairing, ...], beta: float
-) -> tuple[NDArray[np.intp], Floats, Floats, Floats]:
-    """Where what is missing changes its sign: row, low and high end in x, and the sign at the low end.
+def _crossings(x: Floats, missing: Floats, shoot: "_Shooting") -> tuple[Counts, Floats, Floats]:
+    """Where what is missing changes its sign: row, low and high end in x.
 
     x, missing: (rows, points). Two crossings between neighbouring points show as a minimum of its size, which is
     followed to its bottom.
     """
     positive = np.concatenate([missing[:, :1] >= 0, missing[:, 1:] > 0], axis=1)
     row, column = np.nonzero(positive[:, :-1] != positive[:, 1:])
-    low, high, sign = x[row, column], x[row, column + 1], np.where(positive[row, column], 1.0, -1.0)
     size = np.abs(missing)
     dips = (size[:, 1:-1] <= size[:, :-2]) & (size[:, 1:-1] <= size[:, 2:])
     dips &= (positive[:, 1:-1] == positive[:, :-2]) & (positive[:, 1:-1] == positive[:, 2:])
     at, middle = np.nonzero(dips)
-    left, right = x[at, middle], x[at, middle + 2]
-    side = np.where(positive[at, middle + 1], 1.0, -1.0)
-    for _ in range(_GOLDEN_STEPS):
-        inner = [left + share * (right - left) for share in (1 - _GOLDEN, _GOLDEN)]
-        below = [side * _shoot(masses[at], point, pairs, beta)[1] for point in inner]
-        to_the_left = below[0] < below[1]
-        left, right = np.where(to_the_left, left, inner[0]), np.where(to_the_left, inner[1], right)
-    bottom = (left + right) / 2
-    crossed = side * _shoot(masses[at], bottom, pairs, beta)[1] < 0
-    at, middle, bottom, side = at[crossed], middle[crossed], bottom[crossed], side[crossed]
-    return (
-        np.concatenate([row, at, at]),
-        np.concatenate([low, x[at, middle], bottom]),
-        np.concatenate([high, bottom, x[at, middle + 2]]),
-        np.concatenate([sign, side, -side]),
-    )
+    low, high, side = x[at, middle], x[at, middle + 2], np.where(positive[at, middle + 1], 1.0, -1.0)
+    found = [(row, x[row, column], x[row, column + 1])]
+    for _ in range(_NARROWINGS):
+        inside = low[:, None] + (high - low)[:, None] * _INSIDE
+        left = side[:, None] * shoot(inside.ravel(), np.repeat(at, len(_INSIDE)), None).reshape(inside.shape)
+        change = (left[:, :-1] > 0) != (left[:, 1:] > 0)
+        dip, place = np.nonzero(change)
+        found.append((at[dip], inside[dip, place], inside[dip, place + 1]))
+        whole = ~np.any(change, axis=1)
+        lowest = np.clip(np.argmin(left, axis=1), 1, len(_INSIDE) - 2)[whole]
+        at, side, inside = at[whole], side[whole], inside[whole]
+        low, high = (inside[np.arange(len(at)), lowest + one] for one in (-1, 1))
+    row, low, high = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return row, low, high
 
 
-def _shoot(masses: Floats, top: Floats, pairs: tuple[Pairing, ...], beta: float) -> tuple[Floats, Floats]:
-    """log f by (8) from the mass of the policy on the top atom, and what is missing to a total of 1."""
+_Shooting = Callable[[Floats, Counts, Floats | None], Floats]
+
+
+def _shooting(masses: Floats, pairs: tuple[Pairing, ...], beta: float) -> _Shooting:
+    """(8) from the top atom down, as a function of the mass of the policy there.
+
+    masses: (rows, atoms), the last of each row above 0. What is returned takes top, row and log_f: arrays (n,) of such
+    masses and of the rows they are for, and None or an array (n, atoms) to be filled; it returns what is missing to a
+    total of 1, (n,).
+    """
     reference = _cdf(masses)
-    opponents = [b.cdf(reference) for _, _, b in pairs]
-    log_f = np.zeros(masses.shape)
-    cdf = np.ones(len(masses))
-    started = np.zeros(len(masses), bool)  # from the top, past the padding
-    current = np.zeros(len(masses))
-    for j in range(masses.shape[1] - 1, -1, -1):
-        if j + 1 < masses.shape[1]:
-            step = sum(
-                weight * a.density(np.clip(cdf, 0, 1)) * (h[:, j + 2] - h[:, j]) / 2
-                for (weight, a, _), h in zip(pairs, opponents, strict=True)
-            )
-            current = np.where(started, current - np.asarray(step) / beta, current)
-        begins = ~started & (masses[:, j] > 0)
-        current = np.where(begins, np.log(top) - np.log(np.where(begins, masses[:, j], 1)), current)
-        started |= begins
-        log_f[:, j] = current
-        cdf = np.where(started, cdf - masses[:, j] * np.exp(current), cdf)
-    return log_f, cdf
+    by_atom = np.ascontiguousarray(masses.T)
+    steps = []
+    for weight, a, b in pairs:
+        h = b.cdf(reference)
+        steps.append((a, np.ascontiguousarray(weight * (h[:, 2:] - h[:, :-2]).T / (2 * beta))))
+
+    def shoot(top: Floats, row: Counts, log_f: Floats | None = None) -> Floats:
+        current, cdf = np.log(top / by_atom[-1][row]), 1 - top
+        if log_f is not None:
+            log_f[:, -1] = current
+        for j in range(len(by_atom) - 2, -1, -1):
+            inside = np.maximum(cdf, 0)
+            for a, step in steps:
+                current = current - a.density(inside) * step[j][row]
+            cdf = cdf - by_atom[j][row] * np.exp(current)
+            if log_f is not None:
+                log_f[:, j] = current
+        return cdf
+
+    return shoot
 
 
 def _cdf(masses: Floats) -> Floats:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
+from iapo.atoms import mostly_tied
 from iapo.config import Config
 from iapo.errors import UserError
 from iapo.few_samples import few_samples, samples_needed
@@ -195,10 +196,10 @@ def pool_places(frame: pd.DataFrame, calibrated: pd.DataFrame, pool: Pool) -> pd
 
 
 def _untied_prompts(frame: pd.DataFrame) -> list[str]:
-    """Prompts of whose reference samples at most half have a reward that occurs again."""
+    """Prompts for which most reference samples do not tie."""
     reference = frame[frame["source"] == "reference"]
-    tied = reference.duplicated(["prompt_id", "reward"], keep=False).groupby(reference["prompt_id"], sort=False).mean()
-    return list(tied.index[tied <= 0.5])
+    prompt, names = pd.factorize(reference["prompt_id"])
+    return list(names[~mostly_tied(prompt, reference.duplicated(["prompt_id", "reward"], keep=False))])
 
 
 def _untied(frame: pd.DataFrame) -> Floats:

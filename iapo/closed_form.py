@@ -36,6 +36,7 @@ Floats = NDArray[np.float64]
 Function = Callable[[ArrayLike], Floats]
 _APART = 1e-11  # between values of u that tell a slope of log f to five digits
 _STEEPEST = 300.0  # log of the largest d log f / du that is looked at
+_NOTHING = -700.0  # log of a density that has no part in a win rate
 _DEEPEST = -1e9  # log f below which nothing is resolved
 LEAST_KL = 1e-8  # nats that can be asked for; below, rounding of log f is a part of it
 
@@ -192,9 +193,14 @@ def win_rate_of_cdf(
 
 
 def _win_rate(pairs: tuple[Pairing, ...], cdf: Function, corners: Floats) -> float:
-    """(4), by quadrature on cells that shrink towards both ends and break at the corners."""
-    edges = cells(lambda u: np.zeros_like(u), np.r_[corners, corners_of(pairs)])
-    return float(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))))
+    """(4), by quadrature on cells that resolve the opponents' densities and break at the corners."""
+
+    def log_opponents(u: Floats) -> Floats:
+        logs = [np.log(w) + b.log_density(u) for w, _, b in pairs]
+        return np.maximum(np.logaddexp.reduce(logs), _NOTHING)
+
+    edges = cells(log_opponents, np.r_[corners, corners_of(pairs)])
+    return float(np.clip(1 - np.sum(weights(edges) * _loss(pairs, cdf, nodes(edges))), 0, 1))
 
 
 def _kl_at(procedure: Procedure, opponent: Procedure, transform: AnyTransform, target: float) -> float:
@@ -260,7 +266,7 @@ def _solve(
         transform,
         beta=scale,
         kl=kl,
-        win_rate=float(1 - np.sum(weights(density.edges) * _loss(pairs, density.cdf, nodes(density.edges)))),
+        win_rate=_win_rate(pairs, density.cdf, density.edges),
         log_partition=log_partition,
         _density=density,
         _transform=phi,

@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_banded
+from scipy.linalg.lapack import dgbsv
 
 from iapo.curves import (
-    LOWEST_LOG_CDF,
     LOWEST_LOG_REST,
     Curve,
     Tangent,
@@ -29,6 +28,7 @@ _MOST_ITERATIONS = 12
 _HOPELESS = 2.0  # size of a first step from which Newton does not come back; of the fourth, half of it
 _AT_AN_EDGE = 6  # unknown: log F, L, first, length, log beta, KL so far
 _BAND = 8  # of the system of edges, on either side of its diagonal
+_ROWS, _COLUMNS = np.indices((_AT_AN_EDGE, _AT_AN_EDGE))
 
 
 def newton(
@@ -143,7 +143,7 @@ Row = tuple[dict[int, float], float]
 
 
 def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
-    """log F = -70 and f / F = k / beta + 1 / u there, u from (6) where F is a power of u, or f itself falls with F."""
+    """log F is as it is, and f / F = k / beta + 1 / u, u from (6) where F is a power of u, or f itself falls with F."""
     log_cdf, log_f = curve.state[0]
     log_rest = curve.log_rest(np.zeros(()), curve.state[0])
     log_k, by_cdf, by_rest = (float(one) for one in kernel_slopes(pairs, log_cdf, log_rest))
@@ -152,7 +152,7 @@ def _left(pairs: tuple[Pairing, ...], curve: Curve) -> list[Row]:
     log_slope = log_k - curve.log_beta
     total = np.logaddexp(log_slope, -np.log(u))
     share = float(np.exp(log_slope - total))
-    begins = ({0: 1.0}, LOWEST_LOG_CDF - log_cdf)
+    begins = ({0: 1.0}, 0.0)
     if share > 0.5:  # in logarithms: L - log F = log(k / beta + 1 / u)
         by_y = share * by_rest + (1 - share) * rest / u
         row = {0: -1 - share * by_cdf - by_y, 1: 1 - by_y, 2: by_y, 4: share}
@@ -178,25 +178,21 @@ def _solve_edges(
     A banded LU with pivoting is stable where multiplying the transfer matrices (shooting) is not.
     """
     panels = len(transfer)
-    size = _AT_AN_EDGE * (panels + 1)
-    banded = np.zeros((2 * _BAND + 1, size))  # banded[_BAND + row - column, column]
-    rights = np.zeros((size, 2))
+    by_edge = np.zeros((panels + 1, _AT_AN_EDGE, 3 * _BAND + 1))  # [column, 2 _BAND + row - column], as in LAPACK
+    by_edge[:-1, _COLUMNS, 2 * _BAND + 3 + _ROWS - _COLUMNS] = -transfer
+    by_edge[1:, :, 2 * _BAND - 3] = 1
     at_left = [*left, ({5: 1.0}, -first_kl)]
     at_right = [*right, ({target[0]: 1.0}, target[1])]
-    for row, (coefficients, value) in enumerate(at_left):
-        for column, coefficient in coefficients.items():
-            banded[_BAND + row - column, column] = coefficient
-        rights[row, 0] = value
-    panel = _AT_AN_EDGE * np.arange(panels)
-    for row in range(_AT_AN_EDGE):
-        for column in range(_AT_AN_EDGE):
-            banded[_BAND + 3 + row - column, panel + column] = -transfer[:, row, column]
-        banded[_BAND - 3, panel + _AT_AN_EDGE + row] = 1
-    rights[3:-3, 0] = constant.ravel()
-    for row, (coefficients, value) in enumerate(at_right):
-        for column, coefficient in coefficients.items():
-            banded[_BAND + 3 + row - column, size - _AT_AN_EDGE + column] = coefficient
-        rights[size - 3 + row, 0] = value
-    rights[-1, 1] = 1
-    solution = solve_banded((_BAND, _BAND), banded, rights, check_finite=False).reshape(panels + 1, _AT_AN_EDGE, 2)
-    return solution[..., 0], solution[..., 1]
+    for edge, first, conditions in ((0, 0, at_left), (-1, 3, at_right)):
+        for row, (coefficients, _) in enumerate(conditions, first):
+            for column, coefficient in coefficients.items():
+                by_edge[edge, column, 2 * _BAND + row - column] = coefficient
+    rights = np.zeros((2, _AT_AN_EDGE * (panels + 1)))
+    rights[0] = np.r_[[value for _, value in at_left], constant.ravel(), [value for _, value in at_right]]
+    rights[1, -1] = 1
+    banded = by_edge.reshape(-1, 3 * _BAND + 1).T
+    _, _, solution, failed = dgbsv(_BAND, _BAND, banded, rights.T, overwrite_ab=True, overwrite_b=True)
+    if failed:
+        raise np.linalg.LinAlgError
+    change, ahead = solution.T.reshape(2, panels + 1, _AT_AN_EDGE)
+    return change, ahead

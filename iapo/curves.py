@@ -12,7 +12,8 @@ consists of, keep their digits where F and 1 - u are 1e-30 or e^-1000:
     (-d log(1 - u), d log F, dL) / ds = softmax(-log(1 - u), L - log F, log k - log beta) = (a, b, c)
     du = (1 - u) a ds,    dF = F b ds,    KL = integral of L dF
 
-The curve begins at log F = -70 and ends where the mass above u is e^-45. At both ends it goes on in a straight line:
+The curve begins at log F = -70, or lower while a flat log f falls past that (`iapo.meshes`), and ends where the mass
+above u is e^-45. At both ends it goes on in a straight line:
 below, F = f u where F is too small to matter or, where f falls with F, f / F = k / beta + 1 / u; above,
 1 - F = f (1 - u).
 """
@@ -23,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iapo.procedures import Pairing
-from iapo.quadrature import NODES, ORDER, nodes, weights
+from iapo.quadrature import NODES, ORDER, WEIGHTS, nodes, weights
 
 Floats = NDArray[np.float64]
 
-LOWEST_LOG_CDF = -70.0  # log F where curves begin
+LOWEST_LOG_CDF = -70.0  # log F where curves begin, most of them
 LOWEST_LOG_REST = -45.0  # log of the mass above u where they end
 _STEP = 1e-5  # of the central differences of log k, relative to F and to 1 - F, to u and to 1 - u
 _RANGE = (-1e250, -1e-300)  # of log F and log(1 - u), whose multiples and log(1 - F) are still numbers
@@ -39,6 +40,7 @@ _SLOPES = np.linalg.solve(
     np.vander(_POINTS, increasing=True).T,
     (np.arange(ORDER + 1) * _BETWEEN[:, None] ** np.maximum(np.arange(ORDER + 1) - 1, 0)).T,
 ).T
+_MOST_HALVINGS, _LEAST_LOSS = 8, 1e-13  # of panels, and the least error of a panel's loss that asks for one
 _EPSILON = 2.0**-53  # relative rounding of log F, L and s
 _AMPLIFIED = np.max(np.sum(np.abs(_SLOPES), axis=1))  # by the slope of a panel of length 1
 
@@ -142,13 +144,31 @@ def kl_of(pairs: tuple[Pairing, ...], curve: Curve) -> float:
 
 
 def win_rate(pairs: tuple[Pairing, ...], curve: Curve) -> float:
-    """(4)."""
-    place = nodes(curve.edges)
-    log_rest = np.clip(curve.log_rest(place, curve.stages), *_RANGE)
-    _, total = shares_at(pairs, curve, place, curve.stages)
-    cdf, log_u = np.exp(np.minimum(curve.stages[..., 0], 0)), _other(log_rest)
-    loss = sum(w * a.cdf(cdf) * np.exp(b.log_density_of_logs(log_u, log_rest) - total) for w, a, b in pairs)
-    return float(1 - curve.length * np.sum(weights(curve.edges) * loss))
+    """(4), on panels halved until they agree, for h_b' may be steep where the curve is not."""
+
+    def losses(low: Floats, high: Floats) -> Floats:
+        width = (high - low)[:, None]
+        place = low[:, None] + width * NODES
+        values = curve.at(place)
+        log_rest = np.clip(curve.log_rest(place, values), *_RANGE)
+        _, total = shares_at(pairs, curve, place, values)
+        cdf, log_u = np.exp(np.minimum(values[..., 0], 0)), _other(log_rest)
+        loss = sum(w * a.cdf(cdf) * np.exp(b.log_density_of_logs(log_u, log_rest) - total) for w, a, b in pairs)
+        return curve.length * np.sum(width * WEIGHTS * loss, axis=1)
+
+    low, high = curve.edges[:-1], curve.edges[1:]
+    coarse, lost = losses(low, high), 0.0
+    for _ in range(_MOST_HALVINGS):
+        middle = (low + high) / 2
+        low, high = np.r_[low, middle], np.r_[middle, high]
+        fine = losses(low, high)
+        both = fine.reshape(2, -1).sum(axis=0)
+        apart = np.abs(both - coarse) > _LEAST_LOSS
+        lost += float(np.sum(both[~apart]))
+        low, high, coarse = (one[np.tile(apart, 2)] for one in (low, high, fine))
+        if not len(low):
+            break
+    return float(np.clip(1 - lost - np.sum(coarse), 0, 1))
 
 
 def residual(pairs: tuple[Pairing, ...], curve: Curve) -> float:

@@ -11,7 +11,7 @@ Panels are kept in v = 1 - u: policies of high KL may put a little mass much clo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -97,6 +97,7 @@ class Variation:
     """The solver of `iapo.paths` for pairs of which some procedure is a functional."""
 
     pairs: tuple[Pairing, ...]
+    quick: ClassVar[int] = 5
 
     def start(self, kl: float, log_beta: float | None = None) -> Profile:
         """log f = (Phi - mean) / beta with the Phi of the reference."""
@@ -141,6 +142,9 @@ class Variation:
 
     def win_rate(self, profile: Profile) -> float:
         return _Discrete(self.pairs, profile).win_rate()
+
+    def reached(self, profile: Profile) -> float | None:
+        return self.win_rate(profile)
 
 
 def first_order_of(pairs: tuple[Pairing, ...]) -> Callable[[ArrayLike], Floats]:

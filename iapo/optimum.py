@@ -6,6 +6,7 @@ beta), and shooting loses digits at one end or the other.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from iapo.collocation import newton
 from iapo.curves import LOWEST_LOG_CDF, LOWEST_LOG_REST, Curve, defect, kernel_slopes, log_kernel, win_rate
 from iapo.errors import UserError
-from iapo.meshes import ROUGHLY, ahead, remesh
+from iapo.meshes import ROUGHLY, ahead, begun, remesh
 from iapo.procedures import Pairing, Procedure
 from iapo.quadrature import nodes
 
@@ -21,9 +22,9 @@ Floats = NDArray[np.float64]
 
 _TOLERANCE = 2e-11  # of `defect`
 _WORST = 1e-9  # of `defect`, where rounding leaves no more to be had
-_AWRY = 0.02  # of `defect`, where the panels are too coarse for the step
+_AWRY, _BAD = 0.002, 0.02  # of `defect`: new panels are asked for, and after two of them are not enough
 _ROUGH_STEP = 1e-3  # of Newton's last step on the way
-_MOST_PANELS = 3000  # the hardest of benchmarks/closed_form.py takes 250
+_MOST_PANELS = 1000  # the hardest of benchmarks/closed_form.py takes 250
 _MOST_CHANGED = 0.5  # log k where the path begins, by F not being u
 _LOWEST = 340.0  # log of the largest -log f given, whose square is still a number
 _APART_FROM_ZERO = 1e-11  # u from which on a curve's beginning counts as the end of a tail
@@ -34,6 +35,7 @@ class Collocation:
     """The solver of `iapo.paths` for pairs of pointwise procedures."""
 
     pairs: tuple[Pairing, ...]
+    quick: ClassVar[int] = 3
 
     def start(self, kl: float, log_beta: float | None = None) -> Curve:
         return _start(self.pairs, kl, log_beta)
@@ -41,16 +43,22 @@ class Collocation:
     def advance(self, curve: Curve, kl: float, before: Curve | None) -> tuple[Curve, int] | None:
         guess = ahead(self.pairs, curve, before, kl)
         found = newton(self.pairs, guess, kl=kl, tolerance=_ROUGH_STEP) if guess else None
-        if found is None:
+        if found is None or len(found[0].edges) > _MOST_PANELS:
             return None
         iterations = found[1]
-        for _ in range(3):
-            if np.max(defect(self.pairs, found[0])) < _AWRY:
-                return found[0], iterations
+        for enough in (_AWRY, _AWRY, _BAD):
+            if np.max(defect(self.pairs, found[0])) < enough:
+                return self._begun(found[0]), iterations
             found = newton(self.pairs, remesh(self.pairs, found[0], ROUGHLY), kl=kl, tolerance=_ROUGH_STEP)
             if found is None:
                 return None
         return None
+
+    def _begun(self, curve: Curve) -> Curve:
+        """From where it should begin as the KL grows."""
+        guess = begun(self.pairs, curve)
+        found = newton(self.pairs, guess, kl=curve.kl, tolerance=_ROUGH_STEP) if guess else None
+        return found[0] if found else curve
 
     def refine(self, curve: Curve, kl: float | None = None, log_beta: float | None = None) -> Curve | None:
         """On panels made anew until the equations hold between the nodes."""
@@ -74,6 +82,10 @@ class Collocation:
 
     def win_rate(self, curve: Curve) -> float:
         return win_rate(self.pairs, curve)
+
+    def reached(self, curve: Curve) -> float | None:
+        exact = self.refine(curve, curve.kl)  # a rough curve may be far off where few points see the opponent's density
+        return None if exact is None else self.win_rate(exact)
 
 
 # --- The small-KL limit -----------------------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def tail(pairs: tuple[Pairing, ...], curve: Curve, u: Floats) -> Floats:
     exponent = np.minimum(_log_tail_rise(pairs, u, end) - curve.log_beta, _LOWEST)
     integrated = log_f - np.exp(exponent)
     at = np.linspace(0, end, 513)
-    log_k, power, _ = kernel_slopes(pairs, np.full(at.shape, LOWEST_LOG_CDF), np.log1p(-at))
+    log_k, power, _ = kernel_slopes(pairs, np.full(at.shape, curve.state[0, 0]), np.log1p(-at))
     if power[-1] < 1e-3:
         return integrated
     falls = (np.maximum.accumulate(log_k[::-1])[::-1] - log_k[-1]) / power[-1]

@@ -5,7 +5,7 @@ path, on which the KL increases and beta need not decrease.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,9 @@ S = TypeVar("S", bound=Stationary)
 class Solver(Protocol[S]):
     """What a path needs to know of the equations."""
 
+    quick: ClassVar[int]
+    """The iterations of a step after which the next one may be longer."""
+
     def start(self, kl: float, log_beta: float | None = None) -> S:
         """The small-KL limit, at `kl` or above `log_beta`, or at less KL if that is large."""
 
@@ -41,6 +44,9 @@ class Solver(Protocol[S]):
 
     def win_rate(self, point: S) -> float:
         """(4)."""
+
+    def reached(self, point: S) -> float | None:
+        """The win rate of a point of the path, good enough to be told; None if it is not."""
 
 
 def along(solver: Solver[S], kls: Sequence[float]) -> list[S]:
@@ -122,13 +128,14 @@ def _follow(
         yield kl, point
         if ahead and kl == ahead[0]:
             ahead.pop(0)
-        growth = 0.7 if iterations > 8 else 1 if iterations > 5 else 1.15 if failed else 1.5  # or it fails again
+        slow, quick = iterations > 1.7 * solver.quick, iterations <= solver.quick
+        growth = 0.7 if slow else 1 if not quick else 1.15 if failed else 1.5  # or it fails again
         factor, failed = min(factor**growth, longest), False
     raise _lost(solver, point)
 
 
 def _lost(solver: Solver[S], point: S) -> UserError:
-    win_rate = solver.win_rate(point)
-    reason = ", as near 1 as double precision can tell its optimum" if win_rate > _NEXT_TO_ONE else ""
-    there = f", where the win rate is {win_rate:.10g}{reason}" if 0 <= win_rate <= 1 else ""  # the point is a rough one
+    win_rate = solver.reached(point)
+    reason = ", as near 1 as double precision can tell its optimum" if (win_rate or 0) > _NEXT_TO_ONE else ""
+    there = "" if win_rate is None else f", where the win rate is {win_rate:.10g}{reason}"
     return UserError(f"no optimum was found beyond {point.kl:.4g} nats{there}; ask for a smaller KL or a larger beta")

@@ -74,6 +74,10 @@ def test_the_best_of_several_stationary_points():
     """Random cases without concavity, and one whose best point lies between two close crossings of the scan."""
     hard = [0.7382564820457044, 1e-4, 0.18219207371019613, 0.04937047829091785, 0.02684617623473493, 0.0032348]
     cases = [("0.3 sample + 0.7 worst_of(9)", "sample", 0.08611530929075938, np.array(hard) / sum(hard))]
+    steep = [7.256e-4, 0.761708, 7.906e-5, 3.378e-5, 0.0826122, 0.1468866, 7.7356e-3, 1.87557e-4]  # several to a dip
+    cases.append(("worst_of(64)", "worst_of(5)", 0.028163800673498655, np.array(steep) / sum(steep)))
+    steep = [1.37836e-3, 0.623931, 0.104169, 9.69794e-3, 0.247370, 0.0133468, 1.06116e-4]
+    cases.append(("worst_of(64)", "worst_of(5)", 0.0035854510956845873, np.array(steep) / sum(steep)))
     random = np.random.default_rng(1)
     procedures = ["worst_of(2)", "worst_of(16)", "kth(1, 6)", "kth(9, 12)", "0.5 worst_of(6) + 0.5 best_of(6)"]
     opponents = [None, "sample", "best_of(8)"]
@@ -86,6 +90,54 @@ def test_the_best_of_several_stationary_points():
         log_f = atom_log_density(masses[None], form)
         found = atom_win_rate(masses[None], log_f, pairs) - beta * atom_kl(masses[None], log_f)
         assert found[0] >= best_on_a_grid(masses, pairs, beta) - 1e-6
+
+
+def one_by_one(masses, pairs, beta):
+    """(8) for one prompt: bisection between all signs of a fine scan of the mass at the top, one after the other."""
+    reference = np.minimum(np.concatenate([[0], np.cumsum(masses)]), 1)
+
+    def shoot(top):
+        log_f, cdf = [np.log(top / masses[-1])], 1 - top
+        for j in range(len(masses) - 2, -1, -1):
+            rise = sum(
+                w * a.density(max(cdf, 0)) * (b.cdf(reference[j + 2]) - b.cdf(reference[j])) / 2 for w, a, b in pairs
+            )
+            log_f.insert(0, log_f[0] - rise / beta)
+            cdf -= masses[j] * np.exp(log_f[0])
+        return cdf, np.array(log_f)
+
+    scan = masses[-1] + (1 - masses[-1]) * np.linspace(1e-9, 1, 1500)
+    missing = np.array([shoot(top)[0] for top in scan])
+    found = []
+    for i in np.nonzero((missing[:-1] > 0) != (missing[1:] > 0))[0]:
+        low, high = scan[i], scan[i + 1]
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (shoot(middle)[0] > 0) == (missing[i] > 0) else (low, middle)
+        found.append(shoot((low + high) / 2)[1])
+    values = [(atom_win_rate(masses[None], f[None], pairs) - beta * atom_kl(masses[None], f[None]))[0] for f in found]
+    return found[int(np.argmax(values))]
+
+
+@pytest.mark.parametrize(
+    ("procedure", "opponent", "beta"),
+    [
+        ("best_of(4)", None, 0.05),
+        ("worst_of(4)", None, 0.2),
+        ("worst_of(8)", "best_of(8)", 0.1),
+        ("kth(3, 5)", None, 1.0),
+    ],
+)
+def test_many_prompts_at_once_are_one_prompt_after_the_other(procedure, opponent, beta):
+    form = solve(procedure, opponent, beta=beta)
+    pairs = pairings(form.procedure, form.opponent)
+    random = np.random.default_rng(2)
+    masses = random.dirichlet(np.ones(6), size=5)
+    padded = np.concatenate([np.zeros((5, 1)), masses, np.zeros((5, 2))], axis=1)
+    padded[::2] = np.roll(padded[::2], 1, axis=1)
+    found = atom_log_density(padded, form)
+    for row, one in enumerate(masses):
+        np.testing.assert_allclose(found[row][padded[row] > 0], one_by_one(one, pairs, beta), atol=1e-9)
 
 
 @pytest.mark.parametrize("procedure", ["best_of(4)", "worst_of(4)", "kth(3, 5)"])
