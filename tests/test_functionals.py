@@ -248,3 +248,16 @@ def test_a_policy_that_never_reaches_the_threshold_has_the_best_of_n():
 def test_a_kl_where_the_win_rate_is_next_to_one_is_refused():
     with pytest.raises(UserError, match=r"no optimum was found beyond .* nats, where the win rate is 0\.99999"):
         solve("early_stop(64, 0.95)", target_kl=10)
+
+
+def test_curvature_where_the_threshold_is_above_all_that_the_policy_does():
+    """At 10 nats F(0.8) is e^-83, to rounding 0, of which every power has a second derivative."""
+    form = solve("0.5 early_stop(8, 0.8) + 0.5 worst_of(4)", target_kl=10)
+    assert form.kl == pytest.approx(10, abs=1e-9) and form.cdf(0.8) < 1e-30
+    assert solve(form.procedure, target_kl=9.99).win_rate < form.win_rate < 1
+    at_zero = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    output = (
+        early_stop(4, 0.5).output_cdf(lambda u: at_zero, torch.tensor([0.75])).sum()
+    )  # 1 - (1 - q)(1 + q + ...) = q^4
+    (slope,) = torch.autograd.grad(output, at_zero, create_graph=True)
+    assert slope.item() == 0 and torch.autograd.grad(slope, at_zero)[0].item() == 0
