@@ -233,6 +233,8 @@ def test_stage(trained, tiny_reward, iapo, tmp_path):
     assert {prompts[name]["split"] for name in samples["prompt_id"]} == {"holdout"}
     assert (samples.loc[samples["policy"] == "base", "log_ratio"] == 0).all()
     assert samples.loc[samples["policy"] == "trained", "log_ratio"].abs().max() > 0.05
+    kls = samples.groupby("policy")["kl"].agg(["min", "max"])
+    assert kls.loc["base"].tolist() == [0, 0] and -1e-6 < kls.loc["trained", "min"] < kls.loc["trained", "max"]
     records = json.loads((run / "evaluation" / "metrics.json").read_text())["policies"]
     assert {(r["name"], r["procedure"]) for r in records} == {
         (name, procedure) for name in ("base", "trained", "other") for procedure in ("best_of(4)", "sample")
