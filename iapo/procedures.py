@@ -228,7 +228,7 @@ class EarlyStop(Functional):
         import torch
 
         q, p = cdf(self.tau), cdf(u)
-        # their expected number, (1 - q^n) / (1 - q) unless q is 1; torch's second derivative of q^0 is not a number at 0
+        # their expected number, (1 - q^n) / (1 - q) unless q is 1; torch's second derivative of q^0 at 0 is NaN
         draws = 1 + (q ** torch.arange(1, self.n)).sum()
         return torch.where(u < self.tau, p**self.n, 1 - (1 - p) * draws)
 
