@@ -94,9 +94,8 @@ def atom_log_density(masses: ArrayLike, form: ClosedForm) -> Floats:
     with zeros, whose log f is without meaning. Returns the same shape. Each distinct row is solved once.
 
     For the optimal transform this is (8) at the beta of `form`; for the others, and for procedures that are functionals
-    of F, to which (8) does not apply, the log of the mean of f over the
-    interval of calibrated rewards that the atom covers. Sum of p_j f_j is 1 in both. Raises UserError on a row that is
-    negative or sums to nothing.
+    of F, to which (8) does not apply, the log of the mean of f over the interval of calibrated rewards that the atom
+    covers. Sum of p_j f_j is 1 in both. Raises UserError on a row that is negative or sums to nothing.
     """
     masses = np.asarray(masses, float)
     if masses.ndim != 2 or not np.all(masses >= 0) or not np.all(masses.sum(axis=1) > 0):

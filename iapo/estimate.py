@@ -48,7 +48,7 @@ CARDS = {
 """Makers' figures."""
 
 FACTORS_TRIED = 3
-"""By `iapo.kl_budget`, each on RESPONSES of its samples; two to four in the runs of docs/results.md."""
+"""By `iapo.kl_budget`, each on RESPONSES of its samples: assumed."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from scipy.integrate import quad, solve_ivp
 from scipy.optimize import brentq, minimize
 from scipy.special import betaln
+from shooting import assert_between
 
 from iapo.closed_form import frontier, optimal_transform, optimal_win_rate, solve, win_rate_of_cdf
 from iapo.curves import residual
@@ -21,7 +22,6 @@ from iapo.transforms import table
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "closed_form.json"
 U = np.linspace(0, 1, 201)
-PLACES = np.linspace(0, 1, 20_001)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the golden file is not part of the repository")
@@ -202,19 +202,7 @@ def test_where_the_win_rate_is_one_against_shooting_from_the_top(k, n, kl, down_
         middle = (low + high) / 2
         low, high = (low, middle) if shoot(middle).status == 0 else (middle, high)  # 0: F is, before u
     assert (low + high) / 2 == pytest.approx(top, abs=1e-7)
-    bounds = shoot(low), shoot(high)
-    x = np.linspace(-0.01, max(one.t[-1] for one in bounds), 200)
-    both = np.stack([one.sol(x) for one in bounds])
-    agree = np.all(np.abs(both[0] - both[1]) < 1e-7, axis=0)
-    assert x[agree].min() < down_to
-    place = np.interp(x[agree], curve.at(PLACES)[:, 0], PLACES)
-    for _ in range(3):  # to the place of this log F, by the polynomials
-        step = 1e-7
-        rate = (curve.at(place + step)[:, 0] - curve.at(place - step)[:, 0]) / (2 * step)
-        place = place - (curve.at(place)[:, 0] - x[agree]) / rate
-    values = curve.at(place)
-    np.testing.assert_allclose(values[:, 1], both[0, 1, agree], atol=1e-5)
-    np.testing.assert_allclose(curve.log_rest(place, values), both[0, 0, agree], atol=1e-5)
+    assert_between(curve, (shoot(low), shoot(high)), down_to, 1e-5)
 
 
 def test_facts_stated_in_the_design():

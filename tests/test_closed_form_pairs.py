@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad, solve_ivp
 from scipy.stats import beta as beta_law
+from shooting import assert_between
 
 from iapo import paths
 from iapo.closed_form import optimal_transform, optimal_win_rate, solve, win_rate_of_cdf
@@ -16,7 +17,6 @@ from iapo.optimum import Collocation
 from iapo.paths import along
 from iapo.procedures import pairings, parse_procedure
 
-PLACES = np.linspace(0, 1, 20_001)
 HARD = [
     ("sample", "kth(512, 1024)", 2.0),
     ("worst_of(8)", "kth(512, 1024)", 10.0),
@@ -103,19 +103,7 @@ def test_against_shooting_from_the_top(procedure, opponent, kl, down_to):
         middle = (low + high) / 2
         low, high = (middle, high) if cdf_is_first(shoot(middle)) == side else (low, middle)
     assert (low + high) / 2 == pytest.approx(top, abs=1e-8)
-    bounds = shoot(low), shoot(high)
-    x = np.linspace(-0.01, max(one.t[-1] for one in bounds), 200)
-    both = np.stack([one.sol(x) for one in bounds])
-    agree = np.all(np.abs(both[0] - both[1]) < 1e-7, axis=0)
-    assert x[agree].min() < down_to
-    place = np.interp(x[agree], curve.at(PLACES)[:, 0], PLACES)
-    for _ in range(3):  # to the place of this log F, by the polynomials
-        step = 1e-7
-        rate = (curve.at(place + step)[:, 0] - curve.at(place - step)[:, 0]) / (2 * step)
-        place = place - (curve.at(place)[:, 0] - x[agree]) / rate
-    values = curve.at(place)
-    np.testing.assert_allclose(values[:, 1], both[0, 1, agree], atol=1e-6)
-    np.testing.assert_allclose(curve.log_rest(place, values), both[0, 0, agree], atol=1e-6)
+    assert_between(curve, (shoot(low), shoot(high)), down_to, 1e-6)
 
 
 def test_a_flat_falls_past_the_beginning_of_the_curve():
