@@ -12,26 +12,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
-from benchmarks.training import RANK, SHAPES, SIZES, llama_config, make_policy, make_rows, matrix_rate
+from benchmarks.training import RANK, SHAPES, SIZES, allocated, llama_config, make_policy, make_rows, matrix_rate
 from iapo import objectives
 from iapo.dry_run import training_pass
 from iapo.estimate import SHARE
 from iapo.logprobs import make_batch, response_logprobs, sharing_of
-
-
-def allocated(step: Callable[[], None]) -> int:
-    """The most bytes at a time that torch allocates on the CPU while the step runs, beyond what was there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    kineto: Any = recorded.profiler
-    events = kineto.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return int(np.cumsum([change for _, change in changes]).max())
 
 
 def seconds(step: Callable[[], Any], repeats: int) -> float:

@@ -1,13 +1,16 @@
 """One training step beside TRL's DPOTrainer: response tokens a second and peak memory over weights, on the CPU.
 
 Both train the same LoRA on the same random Llama and the same responses, in float32, with the reference's log-probs
-given: K responses to one prompt are K rows for iapo, K/2 pairs for TRL. Each has a process of its own, so that peaks
-do not mix; the two take turns. TRL takes all pairs of a prompt in one forward pass, and one pair at a time: the faster
-of the two is what iapo is compared with. Ends with one JSON line.
+given: K responses to one prompt are K rows for iapo, K/2 pairs for TRL. Each has a process of its own; the two take
+turns. TRL takes all pairs of a prompt in one forward pass, and one pair at a time: the faster of the two, with the
+memory that it takes, is what iapo is compared with. iapo takes all K at once, and as many as --together says.
+
+Memory is the most bytes that torch allocates at a time beyond weights, gradients and moments: its profiler's record of
+one forward and backward pass, after a whole step. What the allocator keeps besides is no one's need and is left out.
+Ends with one JSON line.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -22,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as record
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
 
@@ -152,16 +157,13 @@ def make_policy(size: str, checkpointing: bool) -> Any:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, by the clock and of the processor; `ready` is called before the last step."""
+    """Seconds of each optimizer step, by the clock and of the processor."""
 
-    def __init__(self, ready: Any = None) -> None:
-        self.ready = ready
+    def __init__(self) -> None:
         self.seconds: list[float] = []
         self.processor: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step == state.max_steps - 1 and self.ready:
-            self.ready()
         self.start, self.worked = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -178,49 +180,54 @@ def make_trainer(case: dict[str, Any], folder: str) -> Any:
     rows = make_rows(shape, case["steps"], SIZES[case["size"]]["vocab_size"])
     policy = make_policy(case["size"], case["checkpointing"])
     if case["trainer"] == "trl":
-        return trl_trainer(policy, rows, count, together // 2, case["checkpointing"], folder)
-    return iapo_trainer(policy, rows, count, prompt + together * response, folder)
+        trainer = trl_trainer(policy, rows, count, together // 2, case["checkpointing"], folder)
+    else:
+        trainer = iapo_trainer(policy, rows, count, prompt + together * response, folder)
+    trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
+    return trainer
 
 
-def status(field: str) -> int:
-    """A field of this process's status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+def measure(case: dict[str, Any]) -> Any:
+    """What a case asks for, in this process."""
+    return {"seconds": step_seconds, "peak": peak_bytes, "profile": step_profile}[case["wanted"]](case)
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case in this process: seconds of each step, peak of resident memory over what was there before."""
-    before = [0]
-
-    def ready() -> None:
-        gc.collect()
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before[0] = status("VmRSS")
-
+def step_seconds(case: dict[str, Any]) -> list[float]:
+    """Of every step."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case, folder)
-        clock = Clock(ready)
+        clock = Clock()
         trainer.add_callback(clock)
-        trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
-        if case.get("profile"):
-            return profile(trainer, case)
         trainer.train()
-    return {
-        "seconds": clock.processor if case["processor_time"] else clock.seconds,
-        "peak": status("VmHWM") - before[0],
-    }
+    return clock.processor if case["processor_time"] else clock.seconds
 
 
-def profile(trainer: Any, case: dict[str, Any]) -> dict[str, Any]:
-    """Where the time of the steps goes, in seconds of processor time of one thread that waits for the others."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+def peak_bytes(case: dict[str, Any]) -> int:
+    """Of one forward and backward pass, of as many responses as it takes together."""
+    prompt, response, _ = case["shape"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(case | {"shape": (prompt, response, case["together"]), "steps": 1}, folder)
+        trainer.train()  # gradients and moments are there from now on
+        inputs = next(iter(trainer.get_train_dataloader()))
+        return allocated(lambda: trainer.training_step(trainer.model, inputs))
 
-    with record(activities=[ProfilerActivity.CPU]) as recorded:
-        trainer.train()
+
+def allocated(step: Callable[[], Any]) -> int:
+    """The most bytes at a time that torch allocates on the CPU while the step runs, beyond what was there."""
+    with record(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    kineto: Any = recorded.profiler
+    events = kineto.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return int(np.cumsum([change for _, change in changes]).max())
+
+
+def step_profile(case: dict[str, Any]) -> dict[str, float]:
+    """Where the time of a step goes, in seconds of processor time of one thread that waits for the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(case, folder)
+        with record(activities=[ProfilerActivity.CPU]) as recorded:
+            trainer.train()
     parts = {"matrix products": 0.0, "attention": 0.0, "softmax over the vocabulary": 0.0, "the rest": 0.0}
     for event in recorded.key_averages():
         name = event.key.removeprefix("aten::")
@@ -234,7 +241,7 @@ def profile(trainer: Any, case: dict[str, Any]) -> dict[str, Any]:
             else "the rest"
         )
         parts[part] += event.self_cpu_time_total / 1e6 / case["steps"]
-    return {"profile": parts}
+    return parts
 
 
 class Worker:
@@ -247,7 +254,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, case: dict[str, Any]) -> Any:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(case) + "\n")
         self.process.stdin.flush()
@@ -290,9 +297,31 @@ def step_work(size: str, shape: tuple[int, int, int]) -> float:
     return layers + 4 * count * response * width * config.vocab_size
 
 
-def fits(shape: tuple[int, int, int], together: int, most: int) -> bool:
-    """Whether so many unshared responses are within the tokens a forward pass may take."""
-    return together == 2 or together * (shape[0] + shape[1]) <= most
+def compare(case: dict[str, Any], together: set[int], most: int, rounds: int, workers: dict[str, Worker]) -> Any:
+    """iapo with so many responses a forward pass beside TRL; a row of the table each, iapo's against TRL's fastest."""
+    prompt, response, count = case["shape"]
+    unshared = {2, count} if count * (prompt + response) <= most else {2}
+    variants = [("trl", at_once) for at_once in sorted(unshared)] + [("iapo", at_once) for at_once in sorted(together)]
+    seconds: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for name, at_once in variants:
+            found = workers[name](case | {"trainer": name, "together": at_once, "wanted": "seconds"})
+            seconds[name, at_once] += found[1:] or found
+    rows: list[dict[str, Any]] = []
+    for name, at_once in variants:
+        peak = workers[name](case | {"trainer": name, "together": at_once, "wanted": "peak"})
+        rate = response * count / statistics.median(seconds[name, at_once])
+        row = {"trainer": name, "together": at_once, "tokens_per_second": rate, "peak_bytes": peak}
+        if name == "iapo":
+            peer = max(rows[: len(unshared)], key=lambda other: other["tokens_per_second"])
+            row |= {"speedup": rate / peer["tokens_per_second"], "memory": peak / peer["peak_bytes"]}
+        rows.append(row)
+        ratios = f"{row['speedup']:8.2f}x {row['memory']:6.2f}x" if name == "iapo" else ""
+        shape = ",".join(map(str, case["shape"]))
+        print(
+            f"{case['size']:>10} {shape:>14} {name:>5} {at_once:8d} {rate:9.1f} {peak / 1e6:7.0f} {ratios}", flush=True
+        )
+    return rows
 
 
 def main() -> None:
@@ -301,59 +330,36 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, shape)) for shape in SHAPES])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn; the first is left out if there are more")
-    parser.add_argument("--together", type=int, help="responses a forward pass, at most; by default all of a prompt")
+    parser.add_argument("--together", nargs="+", type=int, default=[], help="responses a forward pass, beside all K")
     parser.add_argument("--most-tokens", type=int, default=40_000, help="a forward pass of TRL, for want of memory")
     parser.add_argument(
         "--processor-time", action="store_true", help="not the clock's, for one thread on a busy machine"
     )
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing for both")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work()
     workers = {"trl": Worker(), "iapo": Worker()}
+    now = time.process_time if options.processor_time else time.perf_counter
     results = []
-    print(f"{'model':>10} {'shape':>14} {'':>5} {'together':>8} {'tokens/s':>9} {'MB':>7}")
+    print(f"{'model':>10} {'shape':>14} {'':>5} {'together':>8} {'tokens/s':>9} {'MB':>7} {'speed':>9} {'memory':>7}")
     for size in options.sizes:
         for text in options.shapes:
             shape: tuple[int, int, int] = tuple(map(int, text.split(",")))  # type: ignore[assignment]
-            together = min(shape[2], options.together or shape[2])
-            case = {"size": size, "shape": shape, "steps": options.steps, "together": together}
+            case: dict[str, Any] = {"size": size, "shape": shape, "steps": options.steps}
             case |= {"checkpointing": options.checkpointing, "processor_time": options.processor_time}
-            variants = [("iapo", together), ("trl", together), ("trl", 2)]
-            variants = [v for v in dict.fromkeys(variants) if v[0] == "iapo" or fits(shape, v[1], options.most_tokens)]
-            found: dict[tuple[str, int], list[dict[str, Any]]] = {variant: [] for variant in variants}
-            for _ in range(options.rounds):
-                for (name, at_once), runs in found.items():
-                    runs.append(workers[name](case | {"trainer": name, "together": at_once}))
-            rates: dict[str, float] = {}
-            peaks: dict[str, float] = {}
-            for (name, at_once), runs in found.items():
-                seconds = [s for run in runs for s in (run["seconds"][1:] or run["seconds"])]
-                rate = shape[1] * shape[2] / statistics.median(seconds)
-                peak = statistics.median(run["peak"] for run in runs)
-                print(f"{size:>10} {text:>14} {name:>5} {at_once:8d} {rate:9.0f} {peak / 1e6:7.0f}", flush=True)
-                if rate > rates.get(name, 0):  # TRL at its fastest, with the memory that takes
-                    rates[name], peaks[name] = rate, peak
-            floor = step_work(size, shape) / matrix_rate(
-                time.process_time if options.processor_time else time.perf_counter
-            )
-            result = case | {
-                "tokens_per_second": rates,
-                "peak_bytes": peaks,
-                "speedup": rates["iapo"] / rates["trl"],
-                "memory": peaks["iapo"] / peaks["trl"],
-                "share_of_matrix_rate": floor * rates["iapo"] / (shape[1] * shape[2]),
-            }
+            together = {shape[2]} | {count for count in options.together if count < shape[2]}
+            result = case | {"rows": compare(case, together, options.most_tokens, options.rounds, workers)}
+            rate = matrix_rate(now) / step_work(size, shape) * shape[1] * shape[2]
+            result["share_of_matrix_rate"] = result["rows"][-1]["tokens_per_second"] / rate
+            print(f"{'':>10} {text:>14} all K: {result['share_of_matrix_rate']:.0%} of the matrix rate", flush=True)
             if options.profile:
-                result |= workers["iapo"](case | {"trainer": "iapo", "profile": True})
+                wanted = {"trainer": "iapo", "together": shape[2], "wanted": "profile"}
+                result["profile"] = workers["iapo"](case | wanted)
+                print({part: round(seconds, 3) for part, seconds in result["profile"].items()}, flush=True)
             results.append(result)
-            print(
-                f"{'':>10} {text:>14} speedup {result['speedup']:.2f}, memory {result['memory']:.2f}, "
-                f"share of the matrix rate {result['share_of_matrix_rate']:.0%}",
-                flush=True,
-            )
     print(json.dumps({"benchmark": "training", "threads": torch.get_num_threads(), "results": results}))
 
 
