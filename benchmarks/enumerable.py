@@ -15,11 +15,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iapo.atoms import Floats, atom_kl, atom_win_rate
+from iapo.atoms import Floats
 from iapo.config import Config
 from iapo.logprobs import logprobs_of
 from iapo.models import load_policy, load_tokenizer, prompt_token_ids
-from iapo.procedures import pairings, parse_procedure
 from iapo.store import read_table
 
 LETTERS, END, LONGEST = "abcdefgh", "<end>", 3
@@ -80,14 +79,13 @@ def sections(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def exact(config: Config, adapter: Path) -> dict[str, tuple[Floats, Floats]]:
-    """KL (nats) and win rate of a policy for each prompt of each split, summed over all responses."""
+    """Of each split, masses under the reference and log-ratios of a policy: (prompts, responses) by rising reward."""
     tokenizer, policy = load_tokenizer(config.model), load_policy(config.model, adapter)
     rows = read_table(config.run / "prompts.parquet").to_pylist()
     every = responses()
     rewards = np.array(arbitrary(None, [tokenizer.decode(ids, skip_special_tokens=True) for ids in every]))
     order = np.argsort(rewards)
     assert np.diff(rewards[order]).min() > 0  # no two responses tie
-    pairs = pairings(parse_procedure(config.objective.procedure))
     found = {}
     for split in SPLITS:
         prompts = [prompt_token_ids(tokenizer, row["prompt"]) for row in rows if row["split"] == split]
@@ -97,6 +95,5 @@ def exact(config: Config, adapter: Path) -> dict[str, tuple[Floats, Floats]]:
             base = logprobs_of(policy, asked, answered, pad_id=0, batch_size=1024)
         masses = np.exp(np.reshape(base, (len(prompts), len(every))))[:, order]
         assert np.abs(masses.sum(axis=1) - 1).max() < 1e-4  # nothing is missing
-        log_f = np.reshape(np.subtract(own, base), (len(prompts), len(every)))[:, order]
-        found[split] = atom_kl(masses, log_f), atom_win_rate(masses, log_f, pairs)
+        found[split] = masses, np.reshape(np.subtract(own, base), masses.shape)[:, order]
     return found

@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import enumerable, gsm8k, hh  # noqa: E402
 from benchmarks.baselines import METHODS, train_baseline  # noqa: E402
 from iapo import kl_budget  # noqa: E402
-from iapo.atoms import atom_kl, atom_log_density, atom_win_rate  # noqa: E402
-from iapo.closed_form import optimal_win_rate, solve  # noqa: E402
+from iapo.atoms import atom_kl, atom_log_density, atom_win_rate, most_win_rate  # noqa: E402
+from iapo.closed_form import solve  # noqa: E402
 from iapo.config import Config, make_config  # noqa: E402
 from iapo.estimators import mean_over_prompts  # noqa: E402
 from iapo.evaluate import HIGHEST_KL, prompt_win_rates, tied_levels  # noqa: E402
@@ -245,13 +245,20 @@ def measure(args: argparse.Namespace, samples: Path, trained: list[Trained]) -> 
 
 
 def measure_exactly(args: argparse.Namespace, samples: Path, trained: list[Trained]) -> Iterator[Measured]:
-    """All policies of the enumerable setting, on the prompts that were trained on and on the others."""
+    """All policies of the enumerable setting, on the prompts that were trained on and on the others.
+
+    Closed forms are those of the prompts' own responses, equation (8): nobody can tell apart what lies within one.
+    """
     for one in trained:
         for procedure in [one.procedure] if one.procedure else args.procedures:
+            deployed = parse_procedure(procedure)
             config = configuration(args, samples, OPTIMAL, procedure, one.asked_kl)
-            for split, (kls, win_rates) in enumerable.exact(config, one.adapter).items():
-                kl, win_rate = float(kls.mean()), float(win_rates.mean())
-                best, identity = optimal_win_rate(procedure, None, kl), plain_win_rate(procedure, kl)
+            for split, (masses, log_f) in enumerable.exact(config, one.adapter).items():
+                kl = float(atom_kl(masses, log_f).mean())
+                win_rates = atom_win_rate(masses, log_f, pairings(deployed))
+                win_rate = float(win_rates.mean())
+                best = most_win_rate(masses, 0, deployed, deployed, kl)
+                identity = plain_win_rate(procedure, kl, tuple(map(tuple, masses)), 0)
                 exact = (kl, 0.0, win_rate, win_rate, win_rate, best, 0.5, identity, tuple(win_rates))
                 yield Measured(one.method, one.knob, procedure, one.asked_kl, split, *exact)
 
