@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from iapo.closed_form import optimal_win_rate
+
 
 def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
@@ -40,6 +42,8 @@ def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
     assert len(benchmark.enumerable.responses()) == 1 + 8 + 64 + 512
     for split in ("train", "holdout"):
         assert 0.5 < found[split].win_rate < found[split].closed_form
+        assert found[split].closed_form < optimal_win_rate("best_of(4)", None, found[split].kl)  # responses are lumps
+        assert 0.5 < found[split].identity < found[split].closed_form
     assert found["holdout"].kl == pytest.approx(0.3, rel=0.15)
 
 
