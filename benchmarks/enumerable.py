@@ -7,6 +7,7 @@ trained on show how exact a fit can be, the others how little carries over.
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from iapo.atoms import Floats
+from iapo.atoms import Floats, atom_kl
 from iapo.config import Config
 from iapo.logprobs import logprobs_of
-from iapo.models import load_policy, load_tokenizer, prompt_token_ids
+from iapo.models import load_tokenizer, prompt_token_ids
 from iapo.store import read_table
 
 LETTERS, END, LONGEST = "abcdefgh", "<end>", 3
@@ -78,22 +79,23 @@ def sections(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def exact(config: Config, adapter: Path) -> dict[str, tuple[Floats, Floats]]:
-    """Of each split, masses under the reference and log-ratios of a policy: (prompts, responses) by rising reward."""
-    tokenizer, policy = load_tokenizer(config.model), load_policy(config.model, adapter)
+def exact(config: Config, policy: Any, split: str) -> tuple[Floats, Floats]:
+    """Masses under the reference and log-ratios of a policy: (prompts of the split, responses) by rising reward."""
+    tokenizer, every = load_tokenizer(config.model), responses()
     rows = read_table(config.run / "prompts.parquet").to_pylist()
-    every = responses()
     rewards = np.array(arbitrary(None, [tokenizer.decode(ids, skip_special_tokens=True) for ids in every]))
     order = np.argsort(rewards)
     assert np.diff(rewards[order]).min() > 0  # no two responses tie
-    found = {}
-    for split in SPLITS:
-        prompts = [prompt_token_ids(tokenizer, row["prompt"]) for row in rows if row["split"] == split]
-        asked, answered = zip(*itertools.product(prompts, every), strict=True)
-        own = logprobs_of(policy, asked, answered, pad_id=0, batch_size=1024)
-        with policy.disable_adapter():
-            base = logprobs_of(policy, asked, answered, pad_id=0, batch_size=1024)
-        masses = np.exp(np.reshape(base, (len(prompts), len(every))))[:, order]
-        assert np.abs(masses.sum(axis=1) - 1).max() < 1e-4  # nothing is missing
-        found[split] = masses, np.reshape(np.subtract(own, base), masses.shape)[:, order]
-    return found
+    prompts = [prompt_token_ids(tokenizer, row["prompt"]) for row in rows if row["split"] == split]
+    asked, answered = zip(*itertools.product(prompts, every), strict=True)
+    own = logprobs_of(policy, asked, answered, pad_id=0, batch_size=1024)
+    with policy.disable_adapter():
+        base = logprobs_of(policy, asked, answered, pad_id=0, batch_size=1024)
+    masses = np.exp(np.reshape(base, (len(prompts), len(every))))[:, order]
+    assert np.abs(masses.sum(axis=1) - 1).max() < 1e-4  # nothing is missing
+    return masses, np.reshape(np.subtract(own, base), masses.shape)[:, order]
+
+
+def training_kls(config: Config, policy: Any) -> Callable[[], Floats]:
+    """For `kl_budget.meet`: the exact KL on each prompt that was trained on, in nats."""
+    return lambda: atom_kl(*exact(config, policy, "train"))

@@ -70,10 +70,44 @@ def find_factor(kl_of: Callable[[float], tuple[float, float]], target_kl: float)
     return Scale(factor, kl, se, tried[1.0][0])
 
 
-def meet(config: Config, adapter: Path, target_kl: float) -> dict[str, float]:
-    """Scale a stored adapter so that its policy has the target KL on held-out prompts; returns a Scale as a dict.
+def sampled_kls(config: Config, policy: Any) -> Callable[[], Floats]:
+    """A function that samples the policy as it is and returns the KL of each held-out prompt, [prompts], in nats.
 
-    Warns where no factor in [SMALLEST, LARGEST] does it.
+    Always with the same seed, so that two factors differ by little else.
+    """
+    tokenizer = load_tokenizer(config.model)
+    tokens = [prompt_token_ids(tokenizer, row["prompt"]) for row in held_out_prompts(config)]
+    tokens = [ids for ids in tokens if fits(ids, config, context_length(policy))]
+    tokens = [tokens[int(i)] for i in np.linspace(0, len(tokens) - 1, min(len(tokens), RESPONSES // 2))]
+    samples = -(-RESPONSES // len(tokens))
+    prompts = [ids for ids in tokens for _ in range(samples)]
+    engine = configured_engine(policy, tokenizer, config.sample)
+
+    def sampled() -> Floats:
+        drawn = engine(tokens, samples, shard_seed(config.seed, "kl_budget"))
+        found = divergences_of(
+            policy,
+            prompts,
+            [response.token_ids for group in drawn for response in group],
+            pad_id=tokenizer.pad_token_id,
+            batch_size=config.train.micro_batch_size,
+            temperature=config.sample.temperature,
+        )
+        return np.reshape([one.kl for one in found], (len(tokens), samples)).mean(axis=1)
+
+    return sampled
+
+
+def meet(
+    config: Config,
+    adapter: Path,
+    target_kl: float,
+    measure: Callable[[Config, Any], Callable[[], Floats]] = sampled_kls,
+) -> dict[str, float]:
+    """Scale a stored adapter so that its policy has the target KL, in nats; returns a Scale as a dict.
+
+    measure: of a policy, what gives its KL on each prompt whenever it is called, as it is then. Warns where no factor
+    in [SMALLEST, LARGEST] has the target KL.
     """
     policy = load_policy(config.model, adapter)
     original = {name: weight.clone() for name, weight in policy.named_parameters() if "lora_B" in name}
@@ -84,11 +118,11 @@ def meet(config: Config, adapter: Path, target_kl: float) -> dict[str, float]:
                 if name in original:
                     weight.copy_(original[name] * factor)
 
-    sampled_kls = _sampler(config, policy)
+    kls = measure(config, policy)
 
     def kl_of(factor: float) -> tuple[float, float]:
         set_factor(factor)
-        kl = mean_over_prompts(sampled_kls())
+        kl = mean_over_prompts(kls())
         log.debug("adapter times %.3f: KL %.4f ± %.4f", factor, kl.value, kl.se)
         return kl.value, kl.se
 
@@ -102,31 +136,3 @@ def meet(config: Config, adapter: Path, target_kl: float) -> dict[str, float]:
             "lower train.learning_rate" if scale.kl > target_kl else "give more responses, or train longer",
         )
     return asdict(scale)
-
-
-def _sampler(config: Config, policy: Any) -> Callable[[], Floats]:
-    """A function that samples the policy as it is and returns the KL of each prompt, [prompts], in nats.
-
-    Always with the same seed, so that two factors differ by little else.
-    """
-    tokenizer = load_tokenizer(config.model)
-    tokens = [prompt_token_ids(tokenizer, row["prompt"]) for row in held_out_prompts(config)]
-    tokens = [ids for ids in tokens if fits(ids, config, context_length(policy))]
-    tokens = [tokens[int(i)] for i in np.linspace(0, len(tokens) - 1, min(len(tokens), RESPONSES // 2))]
-    samples = -(-RESPONSES // len(tokens))
-    prompts = [ids for ids in tokens for _ in range(samples)]
-    engine = configured_engine(policy, tokenizer, config.sample)
-
-    def sampled_kls() -> Floats:
-        drawn = engine(tokens, samples, shard_seed(config.seed, "kl_budget"))
-        found = divergences_of(
-            policy,
-            prompts,
-            [response.token_ids for group in drawn for response in group],
-            pad_id=tokenizer.pad_token_id,
-            batch_size=config.train.micro_batch_size,
-            temperature=config.sample.temperature,
-        )
-        return np.reshape([one.kl for one in found], (len(tokens), samples)).mean(axis=1)
-
-    return sampled_kls

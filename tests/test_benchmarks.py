@@ -44,7 +44,7 @@ def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
         assert 0.5 < found[split].win_rate < found[split].closed_form
         assert found[split].closed_form < optimal_win_rate("best_of(4)", None, found[split].kl)  # responses are lumps
         assert 0.5 < found[split].identity < found[split].closed_form
-    assert found["holdout"].kl == pytest.approx(0.3, rel=0.15)
+    assert found["train"].kl == pytest.approx(0.3, rel=0.03)  # on which the factor is found, exactly
 
 
 def test_baselines_learn_from_the_best_and_the_worst_of_every_four(monkeypatch):
