@@ -49,7 +49,8 @@ class Scale:
 def find_factor(kl_of: Callable[[float], tuple[float, float]], target_kl: float) -> Scale:
     """The factor whose KL is the target, within TOLERANCE, by secants of log KL in log factor.
 
-    kl_of: KL and its standard error at a factor; grows with it, about as its square.
+    kl_of: KL and its standard error at a factor; grows with it, about as its square. Where it does not, secants lead
+    astray: then the interval is halved in which it first passes the target.
     """
     tried = {1.0: kl_of(1.0)}
     for _ in range(ROUNDS):
@@ -63,8 +64,12 @@ def find_factor(kl_of: Callable[[float], tuple[float, float]], target_kl: float)
             rise = np.log(max(kl, 1e-9) / max(tried[other][0], 1e-9)) / np.log(factor / other)
             slope = float(np.clip(rise, 1.0, 4.0))
         guess = float(np.clip(factor * (target_kl / max(kl, 1e-9)) ** (1 / slope), SMALLEST, LARGEST))
-        if guess in tried:
+        if guess in (SMALLEST, LARGEST) and guess in tried:
             break
+        high = min((other for other in tried if tried[other][0] > target_kl), default=LARGEST)
+        low = max((other for other in tried if other < high), default=SMALLEST)
+        if guess in tried or not low <= guess <= high:
+            guess = float(np.sqrt(low * high))
         tried[guess] = kl_of(guess)
     factor, (kl, se) = min(tried.items(), key=lambda one: abs(np.log(max(one[1][0], 1e-9) / target_kl)))
     return Scale(factor, kl, se, tried[1.0][0])

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -20,6 +21,17 @@ def test_factor_is_found_in_few_tries(scale: float, power: float) -> None:
     assert found.factor == pytest.approx((0.5 / scale) ** (1 / power), rel=TOLERANCE)
     assert found.kl_before == scale
     assert len(tries) <= 4
+
+
+def test_factor_is_found_where_less_of_an_adapter_spends_more() -> None:
+    """An over-trained adapter may be so: its KL rises up to 0.73 of it, and falls from there on."""
+
+    def kl_of(factor: float) -> tuple[float, float]:
+        return 4 * factor**0.8 * math.exp(-1.1 * factor), 0.01
+
+    assert kl_of(0.6)[0] > kl_of(1.0)[0] > 1.3
+    for target in (0.5, 1.0):
+        assert find_factor(kl_of, target).kl == pytest.approx(target, rel=TOLERANCE)
 
 
 def test_an_adapter_that_learned_nothing_is_not_blown_up_without_bound() -> None:
