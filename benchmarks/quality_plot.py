@@ -22,10 +22,10 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for result in results:
         for record in result["measured"]:
-            if not record["met"]:
+            exact = record["kl_se"] == 0
+            if not record["met"] or (exact and record["split"] == "holdout"):  # at the KL of the others, not their own
                 continue
-            split = ", trained on" if record["split"] == "train" else ""
-            title = f"{result['setting']}{split}: {record['procedure']}, {record['asked_kl']:g} nats"
+            title = f"{result['setting']}: {record['procedure']}, {record['asked_kl']:g} nats"
             methods = found.setdefault(title, {})
             if record["win_rate"] > methods.get(record["method"], record | {"win_rate": -1.0})["win_rate"]:
                 methods[record["method"]] = record
