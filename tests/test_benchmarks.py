@@ -31,6 +31,21 @@ def test_the_benchmark_of_estimates_finds_what_was_predicted(monkeypatch, checkp
     assert found["seconds"] > 0 and found["predicted_seconds"] > 0
 
 
+def test_the_benchmark_of_training_measures_one_forward_pass(monkeypatch):
+    """Memory of what goes through the model at once, less with checkpoints; seconds and profile of whole steps."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    benchmark = importlib.import_module("benchmarks.training")
+    case = {"trainer": "iapo", "size": "tiny", "shape": (40, 30, 4), "steps": 2, "processor_time": True}
+
+    def measure(wanted, together=4, checkpointing=False):
+        return benchmark.measure(case | {"wanted": wanted, "together": together, "checkpointing": checkpointing})
+
+    assert measure("peak", checkpointing=True) < measure("peak", together=2) < measure("peak")
+    assert len(measure("seconds")) == 2
+    parts = measure("profile")
+    assert parts["matrix products"] > 0 and parts["attention"] > 0
+
+
 def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
     """Exact figures at toy size: it asserts that its responses are all there are, and no policy beats the optimum."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
