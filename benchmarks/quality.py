@@ -256,13 +256,13 @@ def measure_exactly(args: argparse.Namespace, samples: Path, trained: list[Train
     Closed forms are those of the prompts' own responses, equation (8): nobody can tell apart what lies within one.
     """
     for one in trained:
-        for procedure in [one.procedure] if one.procedure else args.procedures:
-            deployed = parse_procedure(procedure)
-            config = configuration(args, samples, OPTIMAL, procedure, one.asked_kl)
-            policy = load_policy(config.model, one.adapter)
-            for split in enumerable.SPLITS:
-                masses, log_f = enumerable.exact(config, policy, split)
-                kl = float(atom_kl(masses, log_f).mean())
+        config = configuration(args, samples, OPTIMAL, args.procedures[0], one.asked_kl)
+        policy = load_policy(config.model, one.adapter)
+        for split in enumerable.SPLITS:
+            masses, log_f = enumerable.exact(config, policy, split)
+            kl = float(atom_kl(masses, log_f).mean())
+            for procedure in [one.procedure] if one.procedure else args.procedures:
+                deployed = parse_procedure(procedure)
                 win_rates = atom_win_rate(masses, log_f, pairings(deployed))
                 win_rate = float(win_rates.mean())
                 best = most_win_rate(masses, 0, deployed, deployed, kl)

@@ -193,7 +193,7 @@ def measure(case: dict[str, Any]) -> Any:
 
 
 def step_seconds(case: dict[str, Any]) -> list[float]:
-    """Of every step."""
+    """How long every step takes."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case, folder)
         clock = Clock()
@@ -203,7 +203,7 @@ def step_seconds(case: dict[str, Any]) -> list[float]:
 
 
 def peak_bytes(case: dict[str, Any]) -> int:
-    """Of one forward and backward pass, of as many responses as it takes together."""
+    """Memory of one forward and backward pass, of as many responses as it takes together."""
     prompt, response, _ = case["shape"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case | {"shape": (prompt, response, case["together"]), "steps": 1}, folder)

@@ -64,12 +64,13 @@ def find_factor(kl_of: Callable[[float], tuple[float, float]], target_kl: float)
             rise = np.log(max(kl, 1e-9) / max(tried[other][0], 1e-9)) / np.log(factor / other)
             slope = float(np.clip(rise, 1.0, 4.0))
         guess = float(np.clip(factor * (target_kl / max(kl, 1e-9)) ** (1 / slope), SMALLEST, LARGEST))
-        if guess in (SMALLEST, LARGEST) and guess in tried:
-            break
-        high = min((other for other in tried if tried[other][0] > target_kl), default=LARGEST)
-        low = max((other for other in tried if other < high), default=SMALLEST)
+        above = [other for other in tried if tried[other][0] > target_kl]
+        high = min(above, default=LARGEST)
+        low = max((other for other in tried if other not in above and other <= high), default=SMALLEST)
         if guess in tried or not low <= guess <= high:
             guess = float(np.sqrt(low * high))
+        if guess in tried:
+            break
         tried[guess] = kl_of(guess)
     factor, (kl, se) = min(tried.items(), key=lambda one: abs(np.log(max(one[1][0], 1e-9) / target_kl)))
     return Scale(factor, kl, se, tried[1.0][0])

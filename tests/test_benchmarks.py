@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from iapo.atoms import atom_kl
 from iapo.closed_form import optimal_win_rate
+from iapo.config import load_config
+from iapo.models import load_policy
 
 
 def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
@@ -60,6 +63,10 @@ def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
         assert found[split].closed_form < optimal_win_rate("best_of(4)", None, found[split].kl)  # responses are lumps
         assert 0.5 < found[split].identity < found[split].closed_form
     assert found["train"].kl == pytest.approx(0.3, rel=0.03)  # on which the factor is found, exactly
+    run = tmp_path / "enumerable-0" / "iapo-optimal-best-of-4-0.3"  # whose adapter `train` scaled on held-out prompts
+    config = load_config(run / "config.json")
+    own = benchmark.enumerable.exact(config, load_policy(config.model, run / "adapter"), "holdout")
+    assert atom_kl(*own).mean() == pytest.approx(0.3, rel=0.15)
 
 
 def test_baselines_learn_from_the_best_and_the_worst_of_every_four(monkeypatch):
