@@ -41,7 +41,7 @@ from iapo.models import prompt_token_ids  # noqa: E402
 
 LONGEST = 32
 """Tokens of a response; with the longest prompt they fill the context."""
-REWARD = "marks"
+REWARD = "right_count"
 
 
 def read_problems(path: Path) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def read_problems(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def train_models(path: Path, out: Path, epochs: int = 2, count: int = 40_000) -> dict[str, dict[str, float]]:
+def train_models(path: Path, out: Path, epochs: int = 2, count: int = 300_000) -> dict[str, dict[str, float]]:
     """The reference in `out/reference`, prompts.jsonl, and a report of the reference; not made again if there."""
     training, test = read_problems(path / "train.jsonl.gz"), read_problems(path / "test.jsonl.gz")
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("path", type=Path, help="the folder of the data set")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gsm8k")
     parser.add_argument("--epochs", type=int, default=2, help="over the problems")
-    parser.add_argument("--drills", type=int, default=40_000, help="rows of sums")
+    parser.add_argument("--drills", type=int, default=300_000, help="rows of sums")
     args = parser.parse_args(argv)
     made = train_models(args.path.resolve(), args.out.resolve(), args.epochs, args.drills)
     print(json.dumps({"benchmark": "gsm8k", "models": made}))

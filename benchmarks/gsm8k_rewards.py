@@ -23,14 +23,9 @@ def right_share(prompts: Prompts, responses: Sequence[str]) -> list[float]:
     return [sum(each) / len(each) if each else 0.0 for each in verdicts]
 
 
-def marks(prompts: Prompts, responses: Sequence[str]) -> list[float]:
-    """Two marks for every annotation that can be read as a sum and one more if it is right, as for method and answer.
-
-    It has many ties, and depends more plainly on the tokens than the number of right sums does, so that a small model
-    learns it sooner (docs/log.md).
-    """
-    found = [[read(text) for text in ANNOTATION.findall(response)] for response in responses]
-    return [float(sum(2 + is_equal(*one) for one in each if one is not None)) for each in found]
+def right_count(prompts: Prompts, responses: Sequence[str]) -> list[float]:
+    """How many of a response's own annotations are right. It has many ties, and its top is rare."""
+    return [float(sum(map(is_right, ANNOTATION.findall(response)))) for response in responses]
 
 
 def is_right(annotation: str) -> bool:

@@ -16,7 +16,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -47,13 +46,11 @@ from benchmarks.small_models import (  # noqa: E402
     train_tokenizer,
 )
 from iapo.config import Config, PromptsConfig, make_config  # noqa: E402
-from iapo.pipeline import STAGES, run_all  # noqa: E402
+from iapo.pipeline import run_all, share_samples  # noqa: E402
 from iapo.prompts import Exchange, read_exchanges, unique  # noqa: E402
 from iapo.store import read_manifest, write_json  # noqa: E402
 
 HELD_OUT_PAIRS = 256
-SHARED = ("prompts", "sample", "score", "calibrate", "ref_logprobs")
-"""Stages that do not depend on the procedure."""
 
 
 # --- The data set ---------------------------------------------------------------------------------------------------
@@ -249,25 +246,6 @@ class Stopwatch:
         return self.seconds
 
 
-def share_stages(config: Config, other: Path) -> None:
-    """Start a run from what another one has made that does not depend on the procedure.
-
-    The copied manifests say what it was made from, so the pipeline takes it as done only if this run would have made
-    the same.
-    """
-    if config.run.exists() or not other.exists():
-        return
-    (config.run / "manifests").mkdir(parents=True)
-    for name in SHARED:
-        for output in STAGES[name].outputs:
-            if (other / output).is_dir():
-                shutil.copytree(other / output, config.run / output)
-            elif (other / output).is_file():
-                shutil.copy2(other / output, config.run / output)
-        for manifest in (other / "manifests").glob(f"{name}*.json"):
-            shutil.copy2(manifest, config.run / "manifests")
-
-
 def run_procedure(config: Config) -> dict[str, Any]:
     """All stages of one run, and what came out of it under the procedure that it was trained for."""
     stopwatch = Stopwatch()
@@ -349,8 +327,8 @@ def main() -> None:
     for procedure in args.procedures:
         run = args.out / (f"{args.name}{args.model}-" + re.sub(r"[^a-z0-9]+", "-", procedure).strip("-"))
         config = run_config(args.path, run, procedure, args, **sections)
-        if first is not None:
-            share_stages(config, first)
+        if first is not None and not run.exists():
+            share_samples(first, run)
         first = first or run
         results.append(run_procedure(config))
     print_table(results)

@@ -44,7 +44,7 @@ from iapo.config import Config, make_config  # noqa: E402
 from iapo.estimators import mean_over_prompts  # noqa: E402
 from iapo.evaluate import HIGHEST_KL, prompt_win_rates, tied_levels  # noqa: E402
 from iapo.models import load_policy  # noqa: E402
-from iapo.pipeline import run_stage  # noqa: E402
+from iapo.pipeline import BEFORE_TRAINING, run_stage  # noqa: E402
 from iapo.procedures import pairings, parse_procedure  # noqa: E402
 from iapo.store import read_table, write_json  # noqa: E402
 
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> list[Measured]:
     args.out = args.out.resolve() / f"{args.setting}-{args.seed}"
     os.chdir(ROOT)  # where reward functions are looked for
     samples = args.out / "samples"
-    for stage in hh.SHARED:
+    for stage in BEFORE_TRAINING:
         run_stage(stage, configuration(args, samples, OPTIMAL, args.procedures[0], args.kls[0]))
     trained = list(train_all(args, samples))
     measured = list((measure_exactly if args.setting == "enumerable" else measure)(args, samples, trained))

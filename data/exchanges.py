@@ -1,8 +1,8 @@
 """Seeded generator of short exchanges between a user and an assistant, with the quality of every answer known.
 
 The knowledge is in topics.txt; this module phrases it. An answer is put together from clauses whose attributes
-(on topic, concrete, with a reason, tone, ...) are drawn independently of each other, and `utility` turns the
-attributes into the hidden number that preferences between two answers depend on.
+(on topic, concrete, with a reason, tone, ...) follow the care taken over it, each more or less, and `utility` turns
+the attributes into the hidden number that preferences between two answers depend on.
 
     python data/exchanges.py 100 > data/exchanges_sample.jsonl
 """
@@ -12,13 +12,19 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 TOPICS_FILE = Path(__file__).with_name("topics.txt")
 MAX_WORDS = 40  # punctuation counts too; about as many tokens
+COHERENCE = 0.8
+"""The chance that an attribute follows the care taken over its answer: like people's, they are good or bad in several
+ways at once."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Attributes:
     relevance: float
     concrete: int  # pieces of advice or fact: 0, 1 or 2
     reason: bool
-    tone: str  # warm, neutral, curt or rude
+    tone: str  # delighted, warm, neutral, curt or rude
     follow_up: bool
     hedged: bool
     repeated: bool
@@ -54,7 +60,7 @@ class Exchange:
     subject: Subject
 
 
-TONE_UTILITY = {"warm": 0.7, "neutral": 0.0, "curt": -0.6, "rude": -2.5}
+TONE_UTILITY = {"delighted": 1.5, "warm": 0.7, "neutral": 0.0, "curt": -0.6, "rude": -2.5}
 CONCRETE_UTILITY = (0.0, 1.4, 2.0)
 
 
@@ -70,7 +76,7 @@ def utility(a: Attributes) -> float:
         - 0.4 * a.hedged
         - 1.5 * a.repeated
         - 2.0 * a.garbled
-        - 0.6 * too_short_or_long
+        - 0.3 * too_short_or_long
     )
 
 
@@ -166,9 +172,10 @@ def user_message(rng: random.Random, subject: Subject) -> str:
 # --- The assistant ------------------------------------------------------------------------------------------------
 
 OPENINGS = {
-    "warm": ("Great question!", "I am happy to help!", "What a lovely thing to ask!", "I am glad you asked!",
-             "Thank you for asking!", "Of course, my friend!", "You are not alone with this.", "You can do this!",
-             "I am so glad you told me.", "Oh, I love talking about {noun}!"),
+    "delighted": ("What a lovely thing to ask!", "I am so glad you told me.", "Oh, I love talking about {noun}!",
+                  "It makes me so happy that you ask!", "How wonderful!", "Few things are as nice as {noun}!"),
+    "warm": ("Great question!", "I am happy to help!", "I am glad you asked!", "Thank you for asking!",
+             "Of course, my friend!", "You are not alone with this.", "You can do this!"),
     "neutral": ("Sure.", "Here is my answer.", "Okay.", "Let me see.", "All right.", "", "", "", "", "", "", ""),
     "curt": ("Fine.", "Well.", "Short answer.", "If you must know.", "Look.", "Whatever. Here it is."),
     "rude": ("What a silly question.", "Are you serious?", "Anyone would know this.", "Do not bother me with {noun}.",
@@ -176,7 +183,9 @@ OPENINGS = {
              "Not this boring stuff again."),
 }  # fmt: skip
 ENDINGS = {
-    "warm": ("Good luck!", "I believe in you!", "Take good care of yourself!", "Enjoy every step!", "", "", "", ""),
+    "delighted": ("I believe in you!", "Take good care of yourself!", "You will love it!", "Tell me how it goes!",
+                  "", ""),
+    "warm": ("Good luck!", "Enjoy every step!", "All the best!", "", "", ""),
     "neutral": ("", "", "", "", "", "That is all."),
     "curt": ("That is it.", "Done.", "", "", "End of story."),
     "rude": ("Now leave me alone.", "Even you can do that.", "Stop wasting my time.",
@@ -230,18 +239,25 @@ def statement(rng: random.Random, pattern: str, subject: Subject, answer: str, r
     return rng.choice(REASONS).format(a=clause, r=fill(rng, reason)) if reason else clause + "."
 
 
-def compose(rng: random.Random, about: Subject, relevance: float) -> tuple[str, Attributes]:
+def drawn(rng: random.Random, care: float, values: Sequence[Any], shares: Sequence[int]) -> Any:
+    """One of some values, from worst to best: that at the care's place among their shares, or that at any place."""
+    place = care if rng.random() < COHERENCE else rng.random()
+    return values[bisect(list(accumulate(shares)), place * sum(shares))]
+
+
+def compose(rng: random.Random, about: Subject, relevance: float, draw: Callable[..., Any]) -> tuple[str, Attributes]:
     """An answer about a subject, of any length; `relevance` says what that subject is to the user's."""
-    concrete = rng.choices((0, 1, 2), (22, 45, 33))[0]
-    tone = rng.choices(("warm", "neutral", "curt", "rude"), (30, 40, 15, 15))[0]
-    hedged, repeated, follow_up = rng.random() < 0.2, rng.random() < 0.08, rng.random() < 0.25
+    concrete = draw((0, 1, 2), (22, 45, 33))
+    tone = draw(("rude", "curt", "neutral", "warm", "delighted"), (15, 15, 30, 25, 15))
+    hedged, repeated = draw((True, False), (20, 80)), draw((True, False), (8, 92))
+    follow_up = draw((False, True), (75, 25))
     body: list[str] = []
     reasons = 0
     if concrete == 0:
         body.append(capitalized(rng.choice(VAGUE_HEDGED if hedged else VAGUE).format(noun=about.noun)))
         body += rng.sample(VAGUE_MORE, rng.choice((0, 1, 1)))
     for i, (answer, reason) in enumerate(rng.sample(about.answers, concrete)):
-        with_reason = rng.random() < 0.4
+        with_reason = draw((False, True), (60, 40))
         reasons += with_reason
         pattern = rng.choice((HEDGED if hedged and i == 0 else SECOND if i else FIRST)[about.kind])
         body.append(statement(rng, pattern, about, answer, reason if with_reason else ""))
@@ -254,15 +270,16 @@ def compose(rng: random.Random, about: Subject, relevance: float) -> tuple[str, 
     return text, made
 
 
-def response(rng: random.Random, subject: Subject, odds: tuple[int, int, int] = (74, 10, 16)) -> tuple[str, Attributes]:
-    """An answer to a message about the subject; the odds are those of an answer on it, beside it, and off topic."""
-    relevance = rng.choices((1.0, 0.4, 0.0), odds)[0]
+def response(rng: random.Random, subject: Subject, odds: tuple[int, int, int] = (16, 10, 74)) -> tuple[str, Attributes]:
+    """An answer to a message about the subject; the odds are those of an answer off topic, beside it, and on it."""
+    draw = partial(drawn, rng, rng.random())
+    relevance = draw((0.0, 0.4, 1.0), odds)
     about = subject
     if relevance < 1:
         near = relevance > 0
         about = rng.choice([s for s in subjects() if (s.topic == subject.topic) == near and s != subject])
     while True:
-        text, made = compose(rng, about, relevance)
+        text, made = compose(rng, about, relevance, draw)
         if made.words <= MAX_WORDS:
             return text, made
 

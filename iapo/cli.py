@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +33,16 @@ PIPELINE, CLOSED_FORM = "The pipeline", "The closed form, no model needed"
 
 @app.command(rich_help_panel=PIPELINE)
 def demo(out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/demo"), restart: Restart = False):
-    """Run the whole pipeline on the bundled model; ends with the path of report.html."""
-    from iapo.start import demo_config
+    """Run the whole pipeline on the bundled model, beside training for plain win rate; ends with report.html's path."""
+    from iapo.pipeline import BEFORE_TRAINING, share_samples
+    from iapo.start import demo_config, plain_demo_config
 
-    _run_all(demo_config(out), restart)
+    config, plain = demo_config(out), plain_demo_config(out)
+    _run_stages(config, BEFORE_TRAINING, restart)
+    share_samples(config.run, plain.run)
+    _run_stages(plain, ["train"], restart, " for plain win rate, to compare with")
+    _run_stages(config, ["train", "evaluate", "report"], restart)
+    print(config.run / "report.html")
 
 
 @app.command(rich_help_panel=PIPELINE)
@@ -50,7 +57,11 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to w
 @app.command(rich_help_panel=PIPELINE)
 def run(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, restart: Restart = False):
     """Run every stage that is not done yet; safe to repeat."""
-    _run_all(_load(config, overrides), restart)
+    from iapo.pipeline import STAGES
+
+    loaded = _load(config, overrides)
+    _run_stages(loaded, STAGES, restart)
+    print(loaded.run / "report.html")
 
 
 @app.command(rich_help_panel=PIPELINE)
@@ -230,15 +241,14 @@ def _run_one(name: str, path: Path, overrides: list[str] | None, restart: bool) 
         print(f"{name}: done before; --restart makes it again")
 
 
-def _run_all(config, restart: bool) -> None:
+def _run_stages(config, stages: Iterable[str], restart: bool, purpose: str = "") -> None:
     from iapo.pipeline import run_all
     from iapo.progress import console
 
     def announce(stage: str, done: bool) -> None:
-        console.print(f"[bold]{stage}[/]" + (" [dim]done before[/]" if done else ""))
+        console.print(f"[bold]{stage}[/]{purpose}" + (" [dim]done before[/]" if done else ""))
 
-    run_all(config, restart=restart, announce=announce)
-    print(config.run / "report.html")
+    run_all(config, restart=restart, announce=announce, stages=stages)
 
 
 def main() -> None:

@@ -136,13 +136,21 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
     optimum at the measured KL, of equation (4), or of (8) on prompts where most reference samples tie, see
     `iapo.levels`), kl_efficiency = (win_rate − W₀) / (closed_form_win_rate − W₀). Both are null where the KL is not
     above its error or the closed form cannot be solved at it, and the latter where nothing can be won: all rewards are
-    equal. `uniformity`: KS distance of fresh base samples from the uniform distribution that calibration promises.
+    equal. lead: how much more the trained policy wins than this one, paired by prompt, with its 95 % bootstrap
+    interval; null for itself. `uniformity`: KS distance of fresh base samples from the uniform distribution that
+    calibration promises.
     """
     records = []
     ties = tied_levels([reference[name] for name in table["prompt_id"].unique()], config.seed)
+    won = {
+        (policy, *pair): prompt_win_rates(rows, reference, *pair)
+        for policy, rows in table.groupby("policy", sort=False)
+        for pair in procedures(config)
+    }
     for policy, rows in table.groupby("policy", sort=False):
         kl = mean_over_prompts(rows.groupby("prompt_id")["kl"].mean().to_numpy(), config.seed)
         for procedure, opponent in procedures(config):
+            wins = won[policy, procedure, opponent]
             record = {
                 "name": policy,
                 "procedure": str(procedure),
@@ -152,7 +160,10 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                 "kl": kl.value,
                 "kl_se": kl.se,
             }
-            win = mean_over_prompts(prompt_win_rates(rows, reference, procedure, opponent), config.seed)
+            win = mean_over_prompts(wins, config.seed)
+            lead = None
+            if policy != TRAINED:
+                lead = mean_over_prompts(won[TRAINED, procedure, opponent] - wins, config.seed)
             start = best_win_rate(procedure, opponent, 0, ties)
             moved = has_moved(kl.value, kl.se)
             optimum = closed_form_win_rate(procedure, opponent, kl.value, ties) if moved else None
@@ -166,6 +177,9 @@ def metrics(config: Config, table: pd.DataFrame, reference: dict[str, Floats]) -
                     "reference_win_rate": start,
                     "closed_form_win_rate": optimum,
                     "kl_efficiency": (win.value - start) / gain if gain > 1e-9 else None,
+                    "lead": lead and lead.value,
+                    "lead_low": lead and lead.low,
+                    "lead_high": lead and lead.high,
                 }
             )
     return {"policies": records, "uniformity": {"base_ks_distance": base_ks_distance(table, reference, config.seed)}}

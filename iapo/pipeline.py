@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,10 @@ STAGES = {
 }
 
 
+BEFORE_TRAINING = ("prompts", "sample", "score", "calibrate", "ref_logprobs")
+"""What training starts from, whatever its objective."""
+
+
 def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
     """Run one stage unless it is done; returns whether there was anything to do.
 
@@ -129,22 +133,44 @@ def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
     return True
 
 
-def run_all(config: Config, *, restart: bool = False, announce: Callable[[str, bool], None]) -> None:
+def run_all(
+    config: Config,
+    *,
+    restart: bool = False,
+    announce: Callable[[str, bool], None],
+    stages: Iterable[str] = tuple(STAGES),
+) -> None:
     """Run every stage that is not done, in order; `announce(stage, done before)` is called before each."""
-    for name in STAGES:
+    for name in stages:
         announce(name, not restart and manifest_of(name, config).state() == "done")
         run_stage(name, config, restart=restart)
+
+
+def share_samples(run: Path, other: Path) -> None:
+    """Give another run folder what training starts from, as this one has it now, in place of its own."""
+    for name in BEFORE_TRAINING:
+        for output in STAGES[name].outputs:
+            _remove(other / output)
+            if (run / output).is_dir():
+                shutil.copytree(run / output, other / output)
+            elif (run / output).exists():
+                other.mkdir(parents=True, exist_ok=True)
+                shutil.copy(run / output, other / output)
+        write_text(other / "manifests" / f"{name}.json", (run / "manifests" / f"{name}.json").read_text())
 
 
 def discard(name: str, config: Config) -> None:
     """Remove what a stage made and the record that it was made."""
     manifest_of(name, config).discard()
     for output in STAGES[name].outputs:
-        path = config.run / output
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(config.run / output)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def manifest_of(name: str, config: Config) -> Manifest:

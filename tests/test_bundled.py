@@ -4,9 +4,11 @@ import itertools
 import json
 import random
 import re
+import statistics
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,11 +76,12 @@ PLAIN = ex.Attributes(
     [
         ({}, 3.0 + 1.4),
         ({"concrete": 2, "reason": True, "tone": "warm", "follow_up": True}, 3.0 + 2.0 + 0.8 + 0.7 + 0.4),
+        ({"tone": "delighted"}, 4.4 + 1.5),
         ({"relevance": 0.0, "reason": True}, 1.4 / 4),
         ({"relevance": 0.4, "concrete": 0, "tone": "curt"}, 1.2 - 0.6),
         ({"tone": "rude", "hedged": True, "repeated": True, "garbled": True}, 4.4 - 2.5 - 0.4 - 1.5 - 2.0),
-        ({"words": 31}, 4.4 - 0.6 / 4),
-        ({"words": 2}, 4.4 - 0.6),
+        ({"words": 31}, 4.4 - 0.3 / 4),
+        ({"words": 2}, 4.4 - 0.3),
     ],
 )
 def test_utility(change, expected):
@@ -93,6 +96,23 @@ def test_attributes_agree_with_the_text():
             assert any(e.response.startswith(o.replace("{noun}", "")[:10]) for o in ex.OPENINGS["rude"])
         if e.attributes.repeated:
             assert max(Counter(sentence.strip() for sentence in sentences).values()) > 1
+
+
+def test_attributes_follow_the_care_as_often_as_they_are_told_to(monkeypatch):
+    """Tone against concreteness: their correlation goes with the square of the coherence, for both must follow."""
+
+    def agreement(coherence):
+        monkeypatch.setattr(ex, "COHERENCE", coherence)
+        rng = random.Random(0)
+        draws = (partial(ex.drawn, rng, rng.random()) for _ in range(4000))
+        made = [ex.compose(rng, ex.subjects()[0], 1.0, draw)[1] for draw in draws]
+        ranks = list(ex.TONE_UTILITY)[::-1]
+        return statistics.correlation([a.concrete for a in made], [ranks.index(a.tone) for a in made])
+
+    together = agreement(1)
+    assert together > 0.8
+    assert agreement(0) == pytest.approx(0, abs=0.05)
+    assert agreement(0.7) == pytest.approx(0.7**2 * together, abs=0.06)
 
 
 def test_garbled_text_differs_and_costs():

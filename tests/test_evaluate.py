@@ -29,6 +29,7 @@ from iapo.store import read_table
 KEYS = {
     *("name", "procedure", "opponent", "prompts", "samples_per_prompt", "kl", "kl_se"),
     *("win_rate", "win_rate_low", "win_rate_high", "reference_win_rate", "closed_form_win_rate", "kl_efficiency"),
+    *("lead", "lead_low", "lead_high"),
 }
 
 
@@ -77,6 +78,25 @@ def test_metrics_by_hand(config):
         assert trained["win_rate_low"] == pytest.approx(0.5) and trained["win_rate_high"] == pytest.approx(1)
         gain = trained["closed_form_win_rate"] - 0.5
         assert 0 < gain < 0.5 and trained["kl_efficiency"] == pytest.approx(0.25 / gain)
+        base = by_key["base", procedure]
+        assert (base["lead"], base["lead_low"], base["lead_high"]) == pytest.approx((0.25, 0, 0.5))
+        assert trained["lead"] is trained["lead_low"] is trained["lead_high"] is None
+
+
+def test_the_lead_is_paired_by_prompt(config):
+    """Prompts differ much, the policies on a prompt little: the lead is known better than either win rate."""
+    reference = {f"p{n:02}": np.arange(8.0) for n in range(40)}
+    rewards = {
+        (policy, q): [n % 8 + shift] * 4
+        for policy, shift in (("trained", 0.6), ("other", 0.0))
+        for n, q in enumerate(reference)
+    }
+    made = table(rewards, dict.fromkeys(reference, 0.1))
+    base = made[made["policy"] == "other"].assign(policy="base")
+    found = metrics(config, pd.concat([base, made]).sample(frac=1, random_state=0), reference)["policies"]
+    other = next(r for r in found if r["name"] == "other" and r["procedure"] == "sample")
+    assert other["lead"] == pytest.approx(0.5 / 8) == other["lead_low"] == other["lead_high"]
+    assert other["win_rate_high"] - other["win_rate_low"] > 0.1
 
 
 def test_the_kl_is_a_mean_over_prompts_with_their_error(config):

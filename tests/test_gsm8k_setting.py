@@ -51,7 +51,7 @@ def test_rewards_by_hand():
     rewards = importlib.import_module("benchmarks.gsm8k_rewards")
     responses = ["<<48/2=24>><<48+24=72>>", "<<1+1=2>><<1+1=3>> 5 <<2*2=4>>", "<<1+1=2>><<2+", "<<<<>>", "no sums", ""]
     assert rewards.right_share([], responses) == pytest.approx([1, 2 / 3, 1, 0, 0, 0])
-    assert rewards.marks([], responses) == [6, 8, 3, 0, 0, 0]
+    assert rewards.right_count([], responses) == [2, 2, 1, 0, 0, 0]
 
 
 def test_the_setting_is_made_once_and_configures_a_run(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from conftest import tiny_settings
 
 from iapo.config import load_config
-from iapo.pipeline import STAGES, status
+from iapo.pipeline import BEFORE_TRAINING, STAGES, share_samples, status
 from iapo.store import read_manifest, read_table
 
 
@@ -100,6 +100,20 @@ def test_a_changed_setting_makes_stale_what_depends_on_it(finished, override, st
     assert [name for name, state, _ in found if state == "stale"] == stale
     for name, _, detail in found:
         assert name not in stale or override.split("=")[0].split(".")[-1] in detail
+
+
+def test_another_run_starts_from_the_samples_of_one(finished, tmp_path):
+    run = load_config(finished).run
+    other = load_config(finished, (f"run={tmp_path / 'other'}", "objective.transform=identity"))
+    stray = other.run / "responses" / "stray.parquet"
+    for _ in range(2):  # the second time in place of what is there
+        share_samples(run, other.run)
+        assert not stray.exists()
+        states = {name: state for name, state, _ in status(other)}
+        assert states == {name: "done" if name in BEFORE_TRAINING else "to do" for name in STAGES}
+        for name in ("prompts.parquet", "responses", "quantiles.parquet", "calibrated.parquet", "ref_logprobs"):
+            assert read_table(other.run / name).equals(read_table(run / name))
+        stray.write_bytes((run / "prompts.parquet").read_bytes())
 
 
 def test_the_seed_decides_everything(finished, tmp_path, tiny_reward, iapo, letters_model):
