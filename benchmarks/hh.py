@@ -327,7 +327,7 @@ def main() -> None:
     for procedure in args.procedures:
         run = args.out / (f"{args.name}{args.model}-" + re.sub(r"[^a-z0-9]+", "-", procedure).strip("-"))
         config = run_config(args.path, run, procedure, args, **sections)
-        if first is not None and not run.exists():
+        if first is not None and not (run / "manifests" / "ref_logprobs.json").exists():
             share_samples(first, run)
         first = first or run
         results.append(run_procedure(config))

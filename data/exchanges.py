@@ -1,7 +1,7 @@
 """Seeded generator of short exchanges between a user and an assistant, with the quality of every answer known.
 
 The knowledge is in topics.txt; this module phrases it. An answer is put together from clauses whose attributes
-(on topic, concrete, with a reason, tone, ...) follow the care taken over it, each more or less, and `utility` turns
+(on topic, concrete, with a reason, tone, ...) follow the care taken over it, most of the time, and `utility` turns
 the attributes into the hidden number that preferences between two answers depend on.
 
     python data/exchanges.py 100 > data/exchanges_sample.jsonl
@@ -23,8 +23,8 @@ from typing import Any
 TOPICS_FILE = Path(__file__).with_name("topics.txt")
 MAX_WORDS = 40  # punctuation counts too; about as many tokens
 COHERENCE = 0.8
-"""The chance that an attribute follows the care taken over its answer: like people's, they are good or bad in several
-ways at once."""
+"""The chance that an attribute follows the care taken over the answer: so answers, like people's, are good or bad in
+several ways at once."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from iapo.errors import UserError
 
 BUNDLED = "bundled"
 """The value of `model.base`, `reward.model` and `prompts.source` that names what ships with the package."""
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 class Section(BaseModel):

@@ -8,10 +8,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
-from iapo.config import BUNDLED, ModelConfig, RewardConfig
+from iapo.config import BUNDLED, BUNDLED_FOLDER, ModelConfig, RewardConfig
 from iapo.errors import UserError
-
-BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iapo.config import BUNDLED, Config, RewardConfig
+from iapo.config import BUNDLED, BUNDLED_FOLDER, Config, RewardConfig
 from iapo.errors import UserError
 from iapo.store import Manifest, content_id, count_rows, fingerprint, read_manifest, write_text
 
@@ -54,6 +54,7 @@ STAGES = {
             ("prompts",),
             ("responses",),
             lambda config: {"model": _dump(config.model), "sample": _dump(config.sample), "seed": config.seed},
+            lambda config: _bundled_base(config),
         ),
         Stage(
             "score",
@@ -96,10 +97,10 @@ STAGES = {
                 "reward": _dump(config.reward, "batch_size"),
                 "procedure": config.objective.procedure,
                 "opponent": config.objective.opponent,
-                "evaluate": _dump(config.evaluate),
+                "evaluate": _dump(config.evaluate) | {"adapters": dict.fromkeys(config.evaluate.adapters, "")},
                 "seed": config.seed,
             },
-            lambda config: _adapter_files(config),
+            lambda config: _adapter_files(config),  # wherever they lie
         ),
         Stage("report", ("calibrate", "train", "evaluate"), ("report.html",), lambda config: {}),
     )
@@ -147,8 +148,13 @@ def run_all(
 
 
 def share_samples(run: Path, other: Path) -> None:
-    """Give another run folder what training starts from, as this one has it now, in place of its own."""
+    """Give another run folder what training starts from, as a finished run has it now, in place of its own.
+
+    Its manifests go first and come last, so that what an interruption leaves is not taken for made.
+    """
     for name in BEFORE_TRAINING:
+        for manifest in (other / "manifests").glob(f"{name}.*json"):
+            manifest.unlink()
         for output in STAGES[name].outputs:
             _remove(other / output)
             if (run / output).is_dir():
@@ -220,7 +226,14 @@ def _source_files(config: Config) -> dict[str, str]:
     return {"prompts.source": fingerprint(path)} if path.exists() else {}
 
 
+def _bundled_base(config: Config) -> dict[str, str]:
+    """Of the package's own model, which another version of it may have trained anew."""
+    return {"model.base": fingerprint(BUNDLED_FOLDER / "reference")} if config.model.base == BUNDLED else {}
+
+
 def _reward_files(config: RewardConfig) -> dict[str, str]:
+    if config.model == BUNDLED:
+        return {"reward.model": fingerprint(BUNDLED_FOLDER / "reward")}
     if config.function is None:
         return {}
     module = config.function.partition(":")[0]

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from iapo.config import BUNDLED, Config, PromptsConfig
+from iapo.config import BUNDLED, BUNDLED_FOLDER, Config, PromptsConfig
 from iapo.errors import UserError
 from iapo.store import Manifest, content_id, make_table, write_table
 
@@ -36,7 +36,7 @@ PROMPTS = pa.schema(
 )
 GIVEN = pa.schema([("prompt_id", pa.string()), ("sample_id", pa.int32()), ("response", pa.string())])
 
-BUNDLED_PROMPTS = Path(__file__).parent / "bundled" / "prompts.jsonl"
+BUNDLED_PROMPTS = BUNDLED_FOLDER / "prompts.jsonl"
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "question", "instruction", "text", "chosen")
 RESPONSE_COLUMNS = ("chosen", "rejected", "response", "responses", "completion", "completions")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
