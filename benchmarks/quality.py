@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sample": {"samples_per_prompt": 4096},
         "train": {"learning_rate": 4e-3, "epochs": 5, "batch_size": 256, "micro_batch_size": 256, "lora_rank": 64},
     },
-    "bundled": {"prompts": {"limit": 608}, "calibrate": {"pool": True}},
+    "bundled": {"prompts": {"limit": 600}, "calibrate": {"pool": True}},
     "hh": {"prompts": {"limit": 1060, "holdout": 240}, "calibrate": {"pool": True}},
     "gsm8k": {"prompts": {"limit": 1128}, "sample": {"samples_per_prompt": 16}},
 }

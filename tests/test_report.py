@@ -147,10 +147,20 @@ def test_the_headline_of_a_loss(trained: dict):
 
 
 def test_every_record_is_in_the_table(html: str, results: Results):
-    rows = re.findall(r"<tr[^>]*><td class=\"text\">(\w+)</td>.*?</tr>", html, re.DOTALL)
-    assert [name for name in rows if name in ("base", "trained")] == [record["name"] for record in results.records]
+    rows = re.findall(r"<tr[^>]*><td class=\"text\">([^<]+)</td>.*?</tr>", html, re.DOTALL)
+    names = [record["name"] for record in results.records]
+    assert [name for name in rows if name in names] == names
     for record in results.records:
         assert f"<td>{number(record['win_rate'])}</td>" in html
+        if record["name"] != "trained":
+            lead = f"{number(record['lead'])} ({number(record['lead_low'])} to {number(record['lead_high'])})"
+            assert f"<td>{lead}</td>" in html
+
+
+def test_metrics_without_a_lead_have_a_page(results: Results):
+    """Those of runs that were evaluated before there was one."""
+    records = [{key: value for key, value in record.items() if "lead" not in key} for record in results.records]
+    assert "trained wins more by" in render(dataclasses.replace(results, records=records))
 
 
 def test_hostile_text_is_only_text(results: Results, html: str):

@@ -51,8 +51,8 @@ def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.parquet"))
 
 
-SLOW = {"samples_per_prompt": 32, "max_new_tokens": 32, "shard_size": 2, "batch_size": 8}
-"""Ten shards of half a second each or so, so that there is time to interrupt on a busy machine too."""
+SLOW = {"samples_per_prompt": 32, "max_new_tokens": 32, "shard_size": 2, "batch_size": 2}
+"""Ten shards of a second each or so, so that there is time to interrupt on a busy machine too."""
 
 
 @pytest.fixture
