@@ -167,8 +167,7 @@ def fit(model: torch.nn.Module, losses: Iterator[Callable[[], torch.Tensor]], st
     start, average = time.perf_counter(), 0.0
     model.train()
     for step, loss_of in enumerate(itertools.islice(losses, steps), start=1):
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # twice as fast where the processor has it
-            loss = loss_of()
+        loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -201,7 +200,12 @@ def train_reference(tokenizer: PreTrainedTokenizerFast, scale: float) -> LlamaFo
     print(f"reference: {model.num_parameters():,} parameters")
     examples = (encode(tokenizer, messages) for messages in conversations(SEEDS["reference"]))
     stream = batches(examples, REFERENCE_BATCH, SEEDS["reference"])
-    fit(model, ((lambda b=b: response_loss(model, b)) for b in stream), max(1, int(REFERENCE_STEPS * scale)), 3e-3)
+
+    def loss_of(batch: list[Example]) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # twice as fast where the processor has it
+            return response_loss(model, batch)
+
+    fit(model, ((lambda b=b: loss_of(b)) for b in stream), max(1, int(REFERENCE_STEPS * scale)), 3e-3)
     return model
 
 
@@ -239,7 +243,9 @@ def token_scores(model: LlamaForSequenceClassification, examples: list[Example])
         padded([row for row, _ in examples], model.config.pad_token_id),
         padded([r for _, r in examples], -100),
     )
-    scores = model.score(model.model(input_ids=ids).last_hidden_state).squeeze(-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=ids).last_hidden_state
+    scores = model.score(hidden.float()).squeeze(-1)
     last = torch.tensor([len(row) - 1 for row, _ in examples])
     answer = (labels != -100).float()
     return scores[torch.arange(len(last)), last], (scores * answer).sum(1) / answer.sum(1)

@@ -116,6 +116,20 @@ def test_another_run_starts_from_the_samples_of_one(finished, tmp_path):
         stray.write_bytes((run / "prompts.parquet").read_bytes())
 
 
+def test_samples_that_were_half_copied_do_not_count_as_made(finished, tmp_path, monkeypatch):
+    run = load_config(finished).run
+    other = load_config(finished, (f"run={tmp_path / 'other'}",))
+    share_samples(run, other.run)
+
+    def full_disk(*arguments, **more):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("iapo.pipeline.shutil.copytree", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        share_samples(run, other.run)
+    assert {name: state for name, state, _ in status(other)}["sample"] == "to do"
+
+
 def test_the_seed_decides_everything(finished, tmp_path, tiny_reward, iapo, letters_model):
     """A second run of the same configuration in another folder has the same samples; another seed has others."""
     config = load_config(finished)
