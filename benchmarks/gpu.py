@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def random_base(size: str, quantization: str, device: torch.device) -> Any:
                 weight = torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02)
             if type(old).__name__ == "Params4bit":
                 made: Any = type(old)(
-                    weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
                 ).to(device)
             else:
                 made = torch.nn.Parameter(weight, requires_grad=False)
@@ -142,6 +143,7 @@ def measure(trainer_name: str, size: str, shape: tuple[int, int, int], nf4: bool
     return {"tokens_per_second": response * count / seconds, "peak_bytes": peak, "weights_bytes": weights}
 
 
+@cache
 def predicted_peak(size: str, shape: tuple[int, int, int], nf4: bool) -> float:
     """What `iapo estimate` expects beside weights and adapter: gradients, moments, and what the pass holds."""
 

@@ -30,7 +30,7 @@ from iapo.config import Config, TrainConfig
 from iapo.errors import StageError, UserError
 from iapo.goal import training_goal
 from iapo.logprobs import response_logprobs
-from iapo.models import load_base, load_tokenizer, model_revision, prompt_token_ids, release
+from iapo.models import compute_dtype, load_base, load_tokenizer, model_revision, prompt_token_ids, release
 from iapo.packed_trainer import PackedTrainer, Row
 from iapo.progress import console, progress
 from iapo.store import Manifest, read_table, write_json
@@ -227,7 +227,7 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
         optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=torch.cuda.is_available() and compute_dtype(config.model.dtype) == torch.bfloat16,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
