@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from iapo.config import Config
 from iapo.logprobs import logprobs_of
-from iapo.models import load_base, load_tokenizer
+from iapo.models import compute_dtype, load_base, load_tokenizer
 from iapo.packed_trainer import Row
 from iapo.targets import solve_objective, target_table
 from iapo.train import add_adapter, training_rows
@@ -59,7 +59,7 @@ def train_baseline(method: str, beta: float, config: Config, adapter: Path) -> i
         "max_length": None,
         "precompute_ref_log_probs": True,
         "gradient_checkpointing": config.train.gradient_checkpointing and torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "bf16": torch.cuda.is_available() and compute_dtype(config.model.dtype) == torch.bfloat16,
         "seed": config.seed,
         "report_to": "none",
         "save_strategy": "no",

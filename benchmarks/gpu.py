@@ -1,11 +1,10 @@
-"""Training on a GPU, in one go: exactness, then iapo beside TRL by shape, then Llama-3-8B in NF4 under caps of memory.
+"""Training on a GPU, in one go: exactness, then iapo beside TRL by shape, 100 M parameters and Llama-3-8B in NF4.
 
 Run by benchmarks/gpu.sh. Weights are random and made on the spot; nothing is downloaded. Ends with one JSON line, which
 --out also writes. On a machine without CUDA --toy runs the same code on tiny models, which is how it is tested.
 """
 
 import argparse
-import gc
 import importlib.util
 import json
 import statistics
@@ -34,10 +33,11 @@ from iapo.config import TrainConfig
 from iapo.dry_run import at_full_depth, quantize, training_pass
 from iapo.estimate import ADAPTER_BYTES, adapter_parameters
 from iapo.logprobs import make_batch, response_logprobs, sharing_of
+from iapo.models import release
 from iapo.train import add_adapter
 
-STEPS = 4
-"""A measurement, of which the first is left out."""
+STEPS = {False: 8, True: 3}
+"""A measurement without and with NF4, of which the first is left out."""
 
 
 def synchronize() -> None:
@@ -113,13 +113,15 @@ def exactness(size: str, device: torch.device) -> dict[str, float]:
     return found
 
 
-def measure(trainer_name: str, size: str, shape: tuple[int, int, int], nf4: bool, device: torch.device) -> Any:
-    """Response tokens a second and peak bytes over weights; or the error where memory runs out."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def measure(case: dict[str, Any], device: torch.device) -> Any:
+    """Response tokens a second and peak bytes over weights; or the error where memory runs out.
+
+    A case is one of `all_cases`; in NF4 there is gradient checkpointing.
+    """
+    release()
+    size, shape, together, nf4 = (case[name] for name in ("model", "shape", "together", "nf4"))
     prompt, response, count = shape
-    rows = make_rows(shape, STEPS, SIZES[size]["vocab_size"])
+    rows = make_rows(shape, STEPS[nf4], SIZES[size]["vocab_size"])
     try:
         policy = add_adapter(random_base(size, "nf4" if nf4 else "none", device), TrainConfig(lora_rank=RANK))
         if nf4:
@@ -127,10 +129,10 @@ def measure(trainer_name: str, size: str, shape: tuple[int, int, int], nf4: bool
         weights = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
-            if trainer_name == "trl":
-                trainer = trl_trainer(policy, rows, count, 1 if nf4 else count // 2, nf4, folder)
+            if case["trainer"] == "trl":
+                trainer = trl_trainer(policy, rows, count, together // 2, nf4, folder)
             else:
-                trainer = iapo_trainer(policy, rows, count, prompt + count * response, folder)
+                trainer = iapo_trainer(policy, rows, count, prompt + together * response, folder)
             trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
             trainer.add_callback(clock)
             if device.type == "cuda":
@@ -144,7 +146,7 @@ def measure(trainer_name: str, size: str, shape: tuple[int, int, int], nf4: bool
 
 
 @cache
-def predicted_peak(size: str, shape: tuple[int, int, int], nf4: bool) -> float:
+def predicted_peak(size: str, shape: tuple[int, int, int], together: int, nf4: bool) -> float:
     """What `iapo estimate` expects beside weights and adapter: gradients, moments, and what the pass holds."""
 
     def make() -> Any:
@@ -153,7 +155,7 @@ def predicted_peak(size: str, shape: tuple[int, int, int], nf4: bool) -> float:
         return quantize(model, torch.bfloat16) if nf4 else model
 
     def one_pass(model: Any) -> Any:
-        return training_pass(model, RANK, [shape], shape[0] + shape[2] * shape[1], nf4, True, "cuda")
+        return training_pass(model, RANK, [shape], shape[0] + together * shape[1], nf4, True, "cuda")
 
     return at_full_depth(make, one_pass).peak + (ADAPTER_BYTES - 4) * adapter_parameters(make(), RANK)
 
@@ -171,6 +173,22 @@ def matrix_rate(device: torch.device, width: int) -> float:
     return 2 * width**3 / min(seconds)
 
 
+def all_cases(toy: bool) -> list[dict[str, Any]]:
+    """What is measured: model, NF4 or not, cap of memory in GB, shape, trainer, its responses of a forward pass."""
+    if toy:
+        models = [("tiny", False, None, [(8, 4, 2)]), ("tiny", True, 12, [(8, 4, 2)])]
+    else:
+        models = [("100m", False, None, SHAPES), ("llama-3-8b", True, 12, SHAPES[1:])]
+    trainers = ["iapo"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
+    return [
+        {"model": model, "nf4": nf4, "cap_gb": cap, "shape": shape, "trainer": trainer, "together": together}
+        for model, nf4, cap, shapes in models
+        for shape in shapes
+        for trainer in trainers
+        for together in sorted({2, shape[2]} if trainer == "iapo" and nf4 else {2} if nf4 else {shape[2]})
+    ]
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -186,24 +204,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if result["exactness"]["float32_logprob"] > 1e-2 or result["exactness"]["float32_gradient"] > 1e-2:
         raise SystemExit(f"not exact on {name}: nothing else is measured")
     result["matrix_rate"] = rate = matrix_rate(device, 256 if options.toy else 8192)
-    small, large = ("tiny", "tiny") if options.toy else ("100m", "llama-3-8b")
-    cases = [(small, shape, False, None) for shape in (((8, 4, 2),) if options.toy else SHAPES)]
-    cases += [(large, (8, 4, 2) if options.toy else (1024, 512, 4), True, cap) for cap in (12, 16, 24)]
     result["cases"] = []
-    trainers = ["iapo"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
-    for size, shape, nf4, cap in cases:
-        if cap and cuda:
+    for case in all_cases(options.toy):
+        if case["cap_gb"] and cuda:
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total))
-        for trainer in trainers:
-            found = measure(trainer, size, shape, nf4, device)
-            if "tokens_per_second" in found and trainer == "iapo":
-                work = step_work(size, shape) / (shape[1] * shape[2])
-                found["predicted_peak_bytes"] = predicted_peak(size, shape, nf4)
-                found["share_of_matrix_rate"] = found["tokens_per_second"] * work / rate
-            case = {"model": size, "shape": shape, "nf4": nf4, "cap_gb": cap, "trainer": trainer} | found
-            result["cases"].append(case)
-            print(case, flush=True)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, case["cap_gb"] * 1e9 / total))
+        found = measure(case, device)
+        if "tokens_per_second" in found and case["trainer"] == "iapo":
+            work = step_work(case["model"], case["shape"]) / (case["shape"][1] * case["shape"][2])
+            found["predicted_peak_bytes"] = predicted_peak(case["model"], case["shape"], case["together"], case["nf4"])
+            found["share_of_matrix_rate"] = found["tokens_per_second"] * work / rate
+        result["cases"].append(case | found)
+        print(case | found, flush=True)
     line = json.dumps(result)
     if options.out:
         options.out.write_text(line + "\n")

@@ -1,5 +1,6 @@
 """Loading models and tokenizers: the quantized base, adapters, reward models. The only place that knows devices."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,16 @@ def model_revision(model: Any) -> str:
 
 
 def release() -> None:
-    """Give the memory of dropped models back to the GPU, for one model is in memory at a time."""
+    """Give the memory of dropped models back to the GPU, for one model is in memory at a time.
+
+    What transformers.Trainer tells bitsandbytes of a model's embeddings, to train them in 32 bits, keeps them in memory
+    for good (Llama-3-8B: 1 GB a training): it is forgotten.
+    """
+    gc.collect()
     if torch.cuda.is_available():
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().module_weight_config_triple.clear()
         torch.cuda.empty_cache()
 
 

@@ -4,17 +4,19 @@ A sequence is prompt + r₁ + … + r_K, then the next prompt with its responses
 each response sees the prompt and itself only. So a prompt of P tokens costs P + ΣR instead of K·P + ΣR, and all
 layers but attention need not know.
 
-Attention is exact and never pays for pairs that cannot see each other. On the CPU it is split by keys: every prompt
-and every response attends causally to itself, responses attend to their prompt without a mask, and the two parts of a
-response are joined by their log-sum-exp L: O = Σ exp(L_i − L)·O_i. The backward pass needs no joining: a flash kernel
-given the joined O and L returns each part's exact gradients. On CUDA one FlexAttention block mask does it.
+Attention is exact and never pays for pairs that cannot see each other. It is split by keys: every prompt and every
+response attends causally to itself, responses attend to their prompt without a mask, and the two parts of a response
+are joined by their log-sum-exp L: O = Σ exp(L_i − L)·O_i. The backward pass needs no joining: a flash kernel given the
+joined O and L returns each part's exact gradients. On the CPU that is a kernel call for each prompt, its responses of
+one length, and the two together; on CUDA two calls for all, of the flash kernel for sequences of different lengths.
+That one has no float32 and wants an Ampere or newer: else one FlexAttention block mask does it.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +50,11 @@ class Layout:
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
 
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(prompt + sum(responses) for prompt, responses in self.groups)
+
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """All prompts and responses; neighbouring responses of one length together."""
@@ -73,6 +80,23 @@ class Layout:
             start = end
         return tuple(found)
 
+    def segments(self, device: torch.device) -> "Segments":
+        """The same for the flash kernel of CUDA; made once a batch."""
+        if "_segments" not in self.__dict__:
+            own, places = [run.length for run in self.runs for _ in range(run.count)], torch.arange(self.length)
+            sides: list[Any] = list(zip(*self.crossings, strict=True)) or [(), ()]
+            asking, asked = ([side.stop - side.start for side in part] for part in sides)
+            responses, prompts = (torch.cat([places[:0], *(places[side] for side in part)]) for part in sides)
+            self.__dict__["_segments"] = Segments(
+                Ragged(_ends(own, device), _ends(own, device), max(own), max(own), True),
+                Ragged(
+                    _ends(asking, device), _ends(asked, device), max(asking, default=0), max(asked, default=0), False
+                ),
+                responses.to(device),
+                prompts.to(device),
+            )
+        return self.__dict__["_segments"]
+
     def block_mask(self, device: torch.device) -> BlockMask:
         """The same for FlexAttention; made once a batch."""
         if "_block_mask" not in self.__dict__:
@@ -89,9 +113,39 @@ class Layout:
                 return (key <= query) & (groups[key] == groups[query]) & own
 
             compiled = device.type == "cuda"  # otherwise a tensor of all pairs is made on the way
-            mask = create_block_mask(sees, None, None, len(group), len(group), device=device, _compile=compiled)
+            mask = create_block_mask(sees, None, None, self.length, self.length, device=device, _compile=compiled)
             self.__dict__["_block_mask"] = mask
         return self.__dict__["_block_mask"]
+
+
+class Ragged(NamedTuple):
+    """Sequences of different lengths end to end, queries beside keys, as the flash kernel takes them.
+
+    *_ends: int32, where each sequence ends, after a 0. longest_*: tokens of the longest.
+    """
+
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A layout by sequences: every prompt and response with itself; all responses of a prompt, as one, with it.
+
+    responses and prompts: flat positions of the tokens of the latter, for prompts that have responses with tokens.
+    """
+
+    own: Ragged
+    crossing: Ragged
+    responses: Tensor
+    prompts: Tensor
+
+
+def _ends(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
 def attention(
@@ -120,10 +174,19 @@ def attention(
         raise NotImplementedError("attention with dropout")
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary embeddings in float32
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and not has_flash(query):
         mask: Any = shared_prefix.block_mask(query.device)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0], None
-    return _Split.apply(query, key, value, shared_prefix, scale).transpose(1, 2), None
+        with torch._dynamo.config.patch(recompile_limit=64):  # by dtype, gradients or not, autocast or not, heads, ...
+            return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0], None
+    split = _SplitOnCuda if query.device.type == "cuda" else _Split
+    return split.apply(query, key, value, shared_prefix, scale).transpose(1, 2), None
+
+
+def has_flash(query: Tensor) -> bool:
+    """Whether CUDA's flash kernel takes it: half precision, Ampere or newer, heads of at most 256 in steps of 8."""
+    size = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def register() -> None:
@@ -188,3 +251,70 @@ class _Split(torch.autograd.Function):
             for whole, where, part in zip(found, (responses, prompt, prompt), parts, strict=True):
                 whole[:, :, where] += part
         return *found, None, None
+
+
+class _SplitOnCuda(torch.autograd.Function):
+    """The same by a flash kernel for sequences of different lengths, which wants [T, H, d] and gives totals [H, T]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+        parts = layout.segments(query.device)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        out, total = _ragged_flash(query, key, value, parts.own, scale)
+        if len(parts.responses):
+            seen, seen_total = _ragged_flash(
+                query[parts.responses], key[parts.prompts], value[parts.prompts], parts.crossing, scale
+            )
+            own_total = total[:, parts.responses]
+            joined = torch.logaddexp(own_total, seen_total)
+            own = out[parts.responses] * (own_total - joined).exp().T[..., None]
+            out[parts.responses] = own.add_(seen * (seen_total - joined).exp().T[..., None]).to(out.dtype)
+            total[:, parts.responses] = joined
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.parts, ctx.scale = parts, scale
+        return out.transpose(0, 1)[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        parts, gradient = ctx.parts, gradients[0][0].transpose(0, 1)
+        found = _ragged_flash_backward(gradient, query, key, value, out, total, parts.own, ctx.scale)
+        if len(parts.responses):
+            asking, asked = parts.responses, parts.prompts
+            more = _ragged_flash_backward(
+                gradient[asking],
+                query[asking],
+                key[asked],
+                value[asked],
+                out[asking],
+                total[:, asking],
+                parts.crossing,
+                ctx.scale,
+            )
+            for whole, where, part in zip(found, (asking, asked, asked), more, strict=True):
+                whole.index_add_(0, where, part)
+        return *(x.transpose(0, 1)[None] for x in found), None, None
+
+
+def _ragged_flash(query: Tensor, key: Tensor, value: Tensor, segments: Ragged, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [T, H, d] and log-sum-exp [H, T], float32."""
+    *where, causal = segments
+    found = torch.ops.aten._flash_attention_forward(query, key, value, *where, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def _ragged_flash_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    segments: Ragged,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    *where, causal = segments
+    unused = query.new_zeros(2, dtype=torch.uint64)  # the state of dropout, of which there is none
+    arguments = (gradient.contiguous(), query, key, value, out, total.contiguous())
+    return torch.ops.aten._flash_attention_backward(*arguments, *where, 0.0, causal, unused, unused[:0], scale=scale)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 
+from iapo import shared_prefix
 from iapo.logprobs import Sharing, logprobs_of, make_batch, response_logprobs, sharing_of
 from iapo.shared_prefix import ATTENTION, Layout, attention
 
@@ -62,9 +63,67 @@ def test_attention_and_its_gradients_are_those_of_a_dense_mask(groups, key_heads
         assert torch.allclose(mine, theirs, atol=1e-11)
 
 
+def ragged_sequences(query, key, value, segments):
+    """The sequences that a flash kernel would take, one by one: slices of queries and keys, and who sees whom."""
+    queries, keys = (list(pairwise(ends.tolist())) for ends in (segments.query_ends, segments.key_ends))
+    assert queries[-1][1] == len(query) and keys[-1][1] == len(key) == len(value)
+    assert max(stop - start for start, stop in queries) == segments.longest_query
+    assert max(stop - start for start, stop in keys) == segments.longest_key
+    for (first, last), (start, stop) in zip(queries, keys, strict=True):
+        seen = torch.ones(last - first, stop - start, dtype=torch.bool)
+        yield slice(first, last), slice(start, stop), seen.tril() if segments.causal else seen
+
+
+def plain_flash(query, key, value, segments, scale):
+    """What CUDA's kernel computes, sequence by sequence, with all scores."""
+    out, total = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+    groups = query.shape[1] // key.shape[1]
+    for asking, asked, seen in ragged_sequences(query, key, value, segments):
+        k, v = (x[asked].repeat_interleave(groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[asking], k) * scale
+        scores = scores.masked_fill(~seen, float("-inf"))
+        total[:, asking] = scores.logsumexp(-1)
+        out[asking] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out, total
+
+
+def plain_flash_backward(gradient, query, key, value, out, total, segments, scale):
+    """Its gradients from the output and log-sum-exp that it is given, by the equations of flash attention."""
+    found = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    groups = query.shape[1] // key.shape[1]
+    for asking, asked, seen in ragged_sequences(query, key, value, segments):
+        k, v = (x[asked].repeat_interleave(groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[asking], k) * scale
+        weights = (scores - total[:, asking, None]).exp() * seen
+        slopes = torch.einsum("qhd,khd->hqk", gradient[asking], v)
+        slopes = weights * (slopes - (gradient[asking] * out[asking]).sum(-1).T[..., None]) * scale
+        found[0][asking] = torch.einsum("hqk,khd->qhd", slopes, k)
+        for whole, part in (
+            (found[1], torch.einsum("hqk,qhd->khd", slopes, query[asking])),
+            (found[2], torch.einsum("hqk,qhd->khd", weights, gradient[asking])),
+        ):
+            whole[asked] = part.unflatten(1, (-1, groups)).sum(2)
+    return found
+
+
+@pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_the_split_for_cuda_is_that_for_the_cpu(groups, key_heads, monkeypatch):
+    """All but its kernels, for which benchmarks/gpu.sh needs a GPU: here they are written out."""
+    monkeypatch.setattr(shared_prefix, "_ragged_flash", plain_flash)
+    monkeypatch.setattr(shared_prefix, "_ragged_flash_backward", plain_flash_backward)
+    layout = Layout(groups)
+    inputs = tensors(layout.length, key_heads=key_heads)
+    outputs = [split.apply(*inputs, layout, 0.3) for split in (shared_prefix._SplitOnCuda, shared_prefix._Split)]
+    assert torch.allclose(*outputs, atol=1e-12)
+    weight = torch.tensor(np.random.default_rng(1).standard_normal(outputs[0].shape))
+    for mine, theirs in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in outputs), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-11)
+
+
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_block_mask_of_flex_attention_says_the_same(groups):
-    """What runs on CUDA, here through FlexAttention's reference on the CPU."""
+    """What runs on CUDA where flash has no kernel, here through FlexAttention's reference on the CPU."""
     layout = Layout(groups)
     mask = dense_mask(layout)
     with torch.no_grad():
