@@ -25,7 +25,8 @@ def compute_dtype(name: str) -> torch.dtype:
     """What a dtype of the configuration means on this machine; `auto` is bfloat16 on a GPU that has it."""
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def load_base(config: ModelConfig) -> Any:
