@@ -41,6 +41,8 @@ from iapo.models import prompt_token_ids  # noqa: E402
 
 LONGEST = 32
 """Tokens of a response; with the longest prompt they fill the context."""
+DRILLS = 300_000
+"""Rows of sums that it learns from besides."""
 REWARD = "right_count"
 
 
@@ -55,8 +57,11 @@ def read_problems(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def train_models(path: Path, out: Path, epochs: int = 2, count: int = 300_000) -> dict[str, dict[str, float]]:
-    """The reference in `out/reference`, prompts.jsonl, and a report of the reference; not made again if there."""
+def train_models(path: Path, out: Path, epochs: int = 2, count: int | None = None) -> dict[str, dict[str, float]]:
+    """The reference in `out/reference`, prompts.jsonl, and a report of the reference; not made again if there.
+
+    count: rows of sums, DRILLS where it is made; SystemExit where the one that is there has learned from another number.
+    """
     training, test = read_problems(path / "train.jsonl.gz"), read_problems(path / "test.jsonl.gz")
 
     def reference() -> dict[str, float]:
@@ -65,7 +70,7 @@ def train_models(path: Path, out: Path, epochs: int = 2, count: int = 300_000) -
             {problem: ids for problem in problems if (ids := problem_ids(tokenizer, *problem))}
             for problems in (training, test)
         )
-        practice = drills(tokenizer, [chain for _, chain in training], count)
+        practice = drills(tokenizer, [chain for _, chain in training], count or DRILLS)
         after = tokenizer.convert_tokens_to_ids(ASSISTANT)
         model, about = train_llama(
             tokenizer, [*rows.values()] * epochs + practice, [*held_out.values()], 1, after=after, batch_size=32
@@ -78,7 +83,12 @@ def train_models(path: Path, out: Path, epochs: int = 2, count: int = 300_000) -
         counts = {"problems": len(rows), "drills": len(practice), "prompts": len(prompts)}
         return about | counts | sampled(model, tokenizer, [question_ids(tokenizer, text) for text in prompts[:128]])
 
-    return {"reference": once(out / "reference.report.json", reference)}
+    made = once(out / "reference.report.json", reference)
+    if count not in (None, made["drills"]):
+        raise SystemExit(
+            f"{out}: its reference has learned from {made['drills']:,} drills, not {count:,}; give another --out"
+        )
+    return {"reference": made}
 
 
 def question_ids(tokenizer: Any, question: str) -> list[int]:
@@ -160,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("path", type=Path, help="the folder of the data set")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gsm8k")
     parser.add_argument("--epochs", type=int, default=2, help="over the problems")
-    parser.add_argument("--drills", type=int, default=300_000, help="rows of sums")
+    parser.add_argument("--drills", type=int, help=f"rows of sums; {DRILLS} if left out")
     args = parser.parse_args(argv)
     made = train_models(args.path.resolve(), args.out.resolve(), args.epochs, args.drills)
     print(json.dumps({"benchmark": "gsm8k", "models": made}))

@@ -44,7 +44,7 @@ from iapo.config import Config, make_config  # noqa: E402
 from iapo.estimators import mean_over_prompts  # noqa: E402
 from iapo.evaluate import HIGHEST_KL, prompt_win_rates, tied_levels  # noqa: E402
 from iapo.models import load_policy  # noqa: E402
-from iapo.pipeline import BEFORE_TRAINING, run_stage  # noqa: E402
+from iapo.pipeline import BEFORE_TRAINING, run_stage, share_samples  # noqa: E402
 from iapo.procedures import pairings, parse_procedure  # noqa: E402
 from iapo.store import read_table, write_json  # noqa: E402
 
@@ -170,7 +170,7 @@ def train_all(args: argparse.Namespace, samples: Path) -> Iterator[Trained]:
         for procedure, kl in product(procedures, args.kls):
             run = args.out / file_name(f"iapo-{transform}-{procedure}-{kl:g}")
             if not run.exists():
-                shutil.copytree(samples, run)
+                share_samples(samples, run)
             config = configuration(args, run, transform, procedure, kl)
             run_stage("train", config)
             target = procedure if transform == OPTIMAL else ""
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace, samples: Path, trained: list[Trained]) -> 
     """All policies on the same held-out prompts, against the same samples of the reference, by `iapo evaluate`."""
     run = args.out / "evaluated"
     if not run.exists():
-        shutil.copytree(samples, run)
+        share_samples(samples, run)
     first = trained[0]
     config = configuration(args, run, first.method, first.procedure or args.procedures[0], first.asked_kl)
     sections = config.model_dump(mode="json", exclude_none=True)

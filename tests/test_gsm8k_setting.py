@@ -79,6 +79,8 @@ def test_the_setting_is_made_once_and_configures_a_run(tmp_path):
     before = (tmp_path / "out" / "reference" / "model.safetensors").stat().st_mtime_ns
     assert gsm8k.train_models(tmp_path, tmp_path / "out", epochs=1, count=40) == made
     assert (tmp_path / "out" / "reference" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="learned from 40 drills, not 50"):
+        gsm8k.train_models(tmp_path, tmp_path / "out", epochs=1, count=50)
 
     sections = gsm8k.sections(tmp_path, tmp_path / "out")
     config = make_config({"run": "r", "objective": {"target_kl": 0.5}, **sections})
