@@ -60,7 +60,7 @@ def read_problems(path: Path) -> list[tuple[str, str]]:
 def train_models(path: Path, out: Path, epochs: int = 2, count: int | None = None) -> dict[str, dict[str, float]]:
     """The reference in `out/reference`, prompts.jsonl, and a report of the reference; not made again if there.
 
-    count: rows of sums, DRILLS where it is made; SystemExit where the one that is there has learned from another number.
+    count: rows of sums, DRILLS where it is made; SystemExit where one is there that learned from another number.
     """
     training, test = read_problems(path / "train.jsonl.gz"), read_problems(path / "test.jsonl.gz")
 
