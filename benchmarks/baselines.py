@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, set_seed
 
 from iapo.config import Config
 from iapo.logprobs import logprobs_of
-from iapo.models import compute_dtype, load_base, load_tokenizer
+from iapo.models import load_base, load_tokenizer
 from iapo.packed_trainer import Row
 from iapo.targets import solve_objective, target_table
-from iapo.train import add_adapter, training_rows
+from iapo.train import add_adapter, training_arguments, training_rows
 
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo"}
 """Methods of DPOTrainer and what it calls them."""
@@ -48,6 +48,7 @@ def train_baseline(method: str, beta: float, config: Config, adapter: Path) -> i
     random.Random(config.seed).shuffle(chosen)
     set_seed(config.seed)
     policy = add_adapter(load_base(config.model), config.train)
+    ours = training_arguments(config, adapter, len(rows))
     settings: dict[str, Any] = {
         "output_dir": str(adapter / "trainer"),
         "beta": beta,
@@ -59,7 +60,8 @@ def train_baseline(method: str, beta: float, config: Config, adapter: Path) -> i
         "max_length": None,
         "precompute_ref_log_probs": True,
         "gradient_checkpointing": config.train.gradient_checkpointing and torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available() and compute_dtype(config.model.dtype) == torch.bfloat16,
+        "bf16": ours.bf16,
+        "fp16": ours.fp16,
         "seed": config.seed,
         "report_to": "none",
         "save_strategy": "no",

@@ -70,7 +70,7 @@ def train_models(path: Path, out: Path, epochs: int = 2, count: int | None = Non
             {problem: ids for problem in problems if (ids := problem_ids(tokenizer, *problem))}
             for problems in (training, test)
         )
-        practice = drills(tokenizer, [chain for _, chain in training], count or DRILLS)
+        practice = drills(tokenizer, [chain for _, chain in training], DRILLS if count is None else count)
         after = tokenizer.convert_tokens_to_ids(ASSISTANT)
         model, about = train_llama(
             tokenizer, [*rows.values()] * epochs + practice, [*held_out.values()], 1, after=after, batch_size=32

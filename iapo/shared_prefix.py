@@ -84,9 +84,10 @@ class Layout:
         """The same for the flash kernel of CUDA; made once a batch."""
         if "_segments" not in self.__dict__:
             own, places = [run.length for run in self.runs for _ in range(run.count)], torch.arange(self.length)
-            sides: list[Any] = list(zip(*self.crossings, strict=True)) or [(), ()]
-            asking, asked = ([side.stop - side.start for side in part] for part in sides)
-            responses, prompts = (torch.cat([places[:0], *(places[side] for side in part)]) for part in sides)
+            asking = [responses.stop - responses.start for responses, _ in self.crossings]
+            asked = [prompt.stop - prompt.start for _, prompt in self.crossings]
+            responses = torch.cat([places[:0], *(places[responses] for responses, _ in self.crossings)])
+            prompts = torch.cat([places[:0], *(places[prompt] for _, prompt in self.crossings)])
             self.__dict__["_segments"] = Segments(
                 Ragged(_ends(own, device), _ends(own, device), max(own), max(own), True),
                 Ragged(
@@ -112,16 +113,16 @@ class Layout:
                 own = (responses[key] == 0) | (responses[key] == responses[query])
                 return (key <= query) & (groups[key] == groups[query]) & own
 
-            compiled = device.type == "cuda"  # otherwise a tensor of all pairs is made on the way
-            mask = create_block_mask(sees, None, None, self.length, self.length, device=device, _compile=compiled)
-            self.__dict__["_block_mask"] = mask
+            # compiled, for otherwise a tensor of all pairs is made on the way
+            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+            self.__dict__["_block_mask"] = make(sees, None, None, self.length, self.length, device=device)
         return self.__dict__["_block_mask"]
 
 
 class Ragged(NamedTuple):
-    """Sequences of different lengths end to end, queries beside keys, as the flash kernel takes them.
+    """S sequences of different lengths end to end, queries beside keys, as the flash kernel takes them.
 
-    *_ends: int32, where each sequence ends, after a 0. longest_*: tokens of the longest.
+    *_ends [S + 1], int32: where each sequence ends, after a 0. longest_*: tokens of the longest.
     """
 
     query_ends: Tensor
@@ -135,7 +136,7 @@ class Ragged(NamedTuple):
 class Segments:
     """A layout by sequences: every prompt and response with itself; all responses of a prompt, as one, with it.
 
-    responses and prompts: flat positions of the tokens of the latter, for prompts that have responses with tokens.
+    responses [R] and prompts [P], int64: flat positions of the latter's tokens, prompts without responses left out.
     """
 
     own: Ragged
@@ -175,8 +176,9 @@ def attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary embeddings in float32
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if query.device.type == "cuda" and not has_flash(query):
-        mask: Any = shared_prefix.block_mask(query.device)
-        with torch._dynamo.config.patch(recompile_limit=64):  # by dtype, gradients or not, autocast or not, heads, ...
+        # compiled anew by dtype, with gradients or not, by heads, ...; past its limit torch computes all scores
+        with torch._dynamo.config.patch(recompile_limit=64):
+            mask: Any = shared_prefix.block_mask(query.device)
             return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0], None
     split = _SplitOnCuda if query.device.type == "cuda" else _Split
     return split.apply(query, key, value, shared_prefix, scale).transpose(1, 2), None
@@ -184,6 +186,8 @@ def attention(
 
 def has_flash(query: Tensor) -> bool:
     """Whether CUDA's flash kernel takes it: half precision, Ampere or newer, heads of at most 256 in steps of 8."""
+    if not torch.backends.cuda.is_flash_attention_available():
+        return False
     size = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
     return half and size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -198,6 +198,7 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
     """The Trainer's settings; UserError where the devices do not divide the batch."""
     train = config.train
     on_cpu = not torch.cuda.is_available()
+    dtype = None if on_cpu else compute_dtype(config.model.dtype)
     devices = PartialState(cpu=on_cpu).num_processes  # several processes on CPUs are seen only if told so
     if train.batch_size % devices:
         raise UserError(
@@ -227,7 +228,8 @@ def training_arguments(config: Config, folder: Path, responses: int) -> Training
         save_total_limit=2,
         logging_steps=max(1, steps // 50),
         optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
-        bf16=torch.cuda.is_available() and compute_dtype(config.model.dtype) == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,  # with the loss scaled, or small gradients would be 0
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

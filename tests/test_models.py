@@ -26,7 +26,8 @@ def gpu(monkeypatch):
     return pretend
 
 
-def test_auto_is_bfloat16_only_where_the_gpu_computes_in_it(gpu):
+def test_auto_is_bfloat16_only_where_the_gpu_computes_in_it(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compute_dtype("auto") == torch.float32
     gpu(bfloat16=True)
     assert compute_dtype("auto") == torch.bfloat16 and compute_dtype("float32") == torch.float32
@@ -34,7 +35,9 @@ def test_auto_is_bfloat16_only_where_the_gpu_computes_in_it(gpu):
     assert compute_dtype("auto") == torch.float32
 
 
-@pytest.mark.parametrize(("dtype", "mixed"), [("auto", True), ("bfloat16", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("dtype", "mixed"), [("auto", "bf16"), ("bfloat16", "bf16"), ("float16", "fp16"), ("float32", None)]
+)
 def test_on_a_gpu_training_computes_in_the_configured_dtype(tmp_path, gpu, monkeypatch, dtype, mixed):
     config = make_config(
         {
@@ -48,7 +51,8 @@ def test_on_a_gpu_training_computes_in_the_configured_dtype(tmp_path, gpu, monke
     monkeypatch.setattr("iapo.train.TrainingArguments", lambda **arguments: arguments)
     monkeypatch.setattr("iapo.train.PartialState", lambda cpu: SimpleNamespace(num_processes=1))
     gpu(bfloat16=True)
-    assert training_arguments(config, tmp_path, 100)["bf16"] is mixed
+    found = training_arguments(config, tmp_path, 100)
+    assert [name for name in ("bf16", "fp16") if found[name]] == ([mixed] if mixed else [])
 
 
 def test_embeddings_that_the_optimizer_was_told_of_are_let_go(gpu, monkeypatch):
