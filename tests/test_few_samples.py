@@ -161,6 +161,16 @@ def test_targets_of_a_density_that_is_not_smooth_by_adaptive_quadrature(procedur
         assert missing + price * chance == pytest.approx(0, abs=1e-7)
 
 
+def test_ranks_of_very_many_samples_are_taken_together(monkeypatch):
+    """They would take K^3: more samples than MOST_RANKS have the targets of so many ranks."""
+    form = solve("best_of(4)", target_kl=0.5)
+    monkeypatch.setattr(module, "MOST_RANKS", 64)
+    places = np.arange(64_000) / 64_000
+    found = interval_targets(form, places, places + 1 / 64_000, 64_000)
+    assert np.allclose(found, np.repeat(rank_targets(form, 64), 1000))
+    assert few_samples(form, 64_000).kl == few_samples(form, 64).kl
+
+
 def test_interval_targets_are_means_over_ranks():
     form = solve("best_of(2)", target_kl=0.2)
     four = rank_targets(form, 4)
