@@ -121,6 +121,24 @@ def test_the_split_for_cuda_is_that_for_the_cpu(groups, key_heads, monkeypatch):
         assert torch.allclose(mine, theirs, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "built", "takes"),
+    [
+        (torch.bfloat16, 128, (8, 6), True, True),
+        (torch.float16, 64, (9, 0), True, True),
+        (torch.float32, 64, (9, 0), True, False),
+        (torch.bfloat16, 64, (7, 5), True, False),
+        (torch.bfloat16, 264, (9, 0), True, False),
+        (torch.bfloat16, 60, (9, 0), True, False),
+        (torch.bfloat16, 64, (9, 0), False, False),
+    ],
+)
+def test_what_the_flash_kernel_of_cuda_takes(monkeypatch, dtype, size, capability, built, takes):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert shared_prefix.has_flash(torch.zeros(1, 2, 3, size, dtype=dtype)) is takes
+
+
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_block_mask_of_flex_attention_says_the_same(groups):
     """What runs on CUDA where flash has no kernel, here through FlexAttention's reference on the CPU."""
