@@ -38,8 +38,6 @@ from iapo.train import add_adapter
 
 STEPS = {False: 8, True: 3}
 """A measurement without and with NF4, of which the first is left out."""
-
-
 LENGTHS, BATCHES = (24, 1, 9, 24, 2, 24, 24, 5), (slice(0, 4), slice(4, 5), slice(5, 8))
 """Tokens of the responses that exactness is tried on, and which go together: one alone, with a single token to see."""
 

@@ -113,9 +113,9 @@ class Layout:
                 own = (responses[key] == 0) | (responses[key] == responses[query])
                 return (key <= query) & (groups[key] == groups[query]) & own
 
-            # compiled, for otherwise a tensor of all pairs is made on the way
-            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-            self.__dict__["_block_mask"] = make(sees, None, None, self.length, self.length, device=device)
+            compiled = device.type == "cuda"  # otherwise a tensor of all pairs is made on the way
+            mask = create_block_mask(sees, None, None, self.length, self.length, device=device, _compile=compiled)
+            self.__dict__["_block_mask"] = mask
         return self.__dict__["_block_mask"]
 
 
