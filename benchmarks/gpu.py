@@ -178,10 +178,9 @@ def matrix_rate(device: torch.device, width: int) -> float:
 
 def all_cases(toy: bool) -> list[dict[str, Any]]:
     """What is measured: model, NF4 or not, cap of memory in GB, shape, trainer, its responses of a forward pass."""
-    if toy:
-        models = [("tiny", False, None, [(8, 4, 2)]), ("tiny", True, 12, [(8, 4, 2)])]
-    else:
-        models = [("100m", False, None, SHAPES), ("llama-3-8b", True, 12, SHAPES[1:])]
+    tiny = [("tiny", nf4, cap, [(8, 4, 2)]) for nf4, cap in ((False, None), (True, 12), (True, 16), (True, 24))]
+    caps = [(12, SHAPES[1:]), (16, SHAPES[3:]), (24, SHAPES[3:])]  # the last shape needs the most
+    models = tiny if toy else [("100m", False, None, SHAPES), *(("llama-3-8b", True, *cap) for cap in caps)]
     trainers = ["iapo"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
     return [
         {"model": model, "nf4": nf4, "cap_gb": cap, "shape": shape, "trainer": trainer, "together": together}

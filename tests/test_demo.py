@@ -31,6 +31,7 @@ def test_training_for_plain_win_rate_from_the_same_samples_wins_less(demo_run):
     metrics = json.loads((demo_run / "evaluation" / "metrics.json").read_text())
     plain = {record["procedure"]: record for record in metrics["policies"] if record["name"] == "plain win rate"}
     trained = next(record for record in metrics["policies"] if record["name"] == "trained")
+    assert plain["best_of(4)"]["kl"] == pytest.approx(0.5, rel=0.15)
     assert plain["best_of(4)"]["kl"] == pytest.approx(trained["kl"], rel=0.1)
     assert plain["best_of(4)"]["lead_low"] > 0 > plain["sample"]["lead_high"]  # each wins its own
     assert plain["best_of(4)"]["lead"] == pytest.approx(trained["win_rate"] - plain["best_of(4)"]["win_rate"])
