@@ -39,6 +39,7 @@ from benchmarks.small_models import (  # noqa: E402
     batches,
     dialogue_ids,
     fit,
+    mixed_precision,
     once,
     padded,
     save,
@@ -75,7 +76,7 @@ def dialogues(tokenizer: Any, pairs: Sequence[Exchange]) -> list[list[list[int]]
 def score(model: Any, rows: Sequence[list[int]], pad: int) -> torch.Tensor:
     """Rewards of dialogues; one too long for the context keeps its end, as in iapo."""
     ids = padded([row[-CONTEXT:] for row in rows], pad)
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with mixed_precision():
         return model(input_ids=ids, attention_mask=(ids != pad).long()).logits[:, 0].float()
 
 

@@ -90,6 +90,13 @@ def fit(model: torch.nn.Module, losses: Iterator[torch.Tensor], steps: int, rate
     model.eval()
 
 
+def mixed_precision() -> torch.autocast:
+    """Autocast to bfloat16 where the processor computes in it; where that is emulated it is slower (docs/log.md)."""
+    processor = torch.cpu.get_capabilities()
+    native = processor.get("amx_bf16", False) or processor.get("avx512_bf16", False)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
+
+
 def language_loss(model: Any, rows: Sequence[list[int]], pad: int, after: int | None = None) -> torch.Tensor:
     """Mean negative log-likelihood of all tokens but the first; a causal model needs no mask for padding at the end.
 
@@ -99,7 +106,7 @@ def language_loss(model: Any, rows: Sequence[list[int]], pad: int, after: int | 
     wanted = ids[:, 1:] != pad
     if after is not None:
         wanted &= (ids[:, :-1] == after).cumsum(1) > 0
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):  # twice as fast where the processor has it
+    with mixed_precision():
         logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[:, :-1][wanted])
     return F.cross_entropy(logits.float(), ids[:, 1:][wanted])
 

@@ -78,19 +78,19 @@ def run(config: Config, manifest: Manifest) -> None:
         }
         for position, exchange in enumerate(chosen)
     ]
+    given = [
+        {"prompt_id": exchange.prompt_id, "sample_id": GIVEN_FIRST_ID + number, "response": response}
+        for exchange in chosen
+        for number, response in enumerate(exchange.responses)
+    ]
+    if config.prompts.given_responses and not given:
+        raise UserError(
+            f"prompts.given_responses is set and {config.prompts.source} has no responses; expected one of the "
+            f"columns {', '.join(RESPONSE_COLUMNS)} or conversations that end with the assistant"
+        )
     outputs = [config.run / "prompts.parquet"]
     write_table(outputs[0], make_table(rows, PROMPTS))
     if config.prompts.given_responses:
-        given = [
-            {"prompt_id": exchange.prompt_id, "sample_id": GIVEN_FIRST_ID + number, "response": response}
-            for exchange in chosen
-            for number, response in enumerate(exchange.responses)
-        ]
-        if not given:
-            raise UserError(
-                f"prompts.given_responses is set and {config.prompts.source} has no responses; expected one of the "
-                f"columns {', '.join(RESPONSE_COLUMNS)} or conversations that end with the assistant"
-            )
         outputs.append(config.run / "given.parquet")
         write_table(outputs[1], make_table(given, GIVEN))
     manifest.finish(outputs, rows=len(rows), holdout=config.prompts.holdout, dropped=dropped)
@@ -100,28 +100,36 @@ def read_exchanges(config: PromptsConfig) -> Iterator[Exchange]:
     """The source's records as exchanges, in their order. UserError names the record that cannot be read."""
     for number, record in enumerate(_records(config), start=1):
         try:
-            yield to_exchange(record, config.column)
+            yield to_exchange(record, config.column, needed=config.given_responses)
         except UserError as error:
             raise UserError(f"{config.source}, record {number}: {error}") from None
 
 
-def to_exchange(record: dict[str, Any], column: str | None = None) -> Exchange:
-    """One record as an exchange; the prompt is everything up to the last assistant turn."""
+def to_exchange(record: dict[str, Any], column: str | None = None, *, needed: bool = True) -> Exchange:
+    """One record as an exchange; the prompt is everything up to the last assistant turn, and empty where it is null.
+
+    needed: whether responses that cannot be read are an error; else the exchange goes without them.
+    """
     if column is None:
-        column = next((name for name in PROMPT_COLUMNS if record.get(name) is not None), None)
-    if column is None or record.get(column) is None:
+        there = [name for name in PROMPT_COLUMNS if name in record]
+        column = next((name for name in there if record[name] is not None), there[0] if there else None)
+    if column is None or column not in record:
         raise UserError(
             f"no prompt among the columns {', '.join(record)}; expected {column or ' or '.join(PROMPT_COLUMNS)}; "
             "name it with prompts.column"
         )
     prompt, last = _split_last_response(_to_messages(record[column]))
-    responses = [last] if last is not None else []
-    for name in RESPONSE_COLUMNS:
-        if name != column and record.get(name) is not None:
-            values = record[name] if name in ("responses", "completions") else [record[name]]
-            responses += [_response_text(value) for value in values]
+    responses = [last or ""]
+    try:
+        for name in RESPONSE_COLUMNS:
+            if name != column and record.get(name) is not None:
+                several = name in ("responses", "completions") and isinstance(record[name], list)
+                responses += map(_response_text, record[name] if several else [record[name]])
+    except UserError:
+        if needed:
+            raise
     others = {name: value for name, value in record.items() if name != column and name not in RESPONSE_COLUMNS}
-    return Exchange(prompt, responses, others)
+    return Exchange(prompt, [text for text in responses if text], others)
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -175,6 +183,8 @@ def choose(exchanges: list[Exchange], limit: int | None, seed: int) -> list[Exch
 
 
 def _to_messages(value: Any) -> list[Message]:
+    if value is None:
+        return []
     if isinstance(value, str):
         if value.lstrip("\n").startswith("Human:") and "\n\nHuman:" in "\n\n" + value.lstrip("\n"):
             return parse_dialogue(value)
@@ -207,14 +217,14 @@ def _response_text(value: Any) -> str:
 def _records(config: PromptsConfig) -> Iterator[dict[str, Any]]:
     path = BUNDLED_PROMPTS if config.source == BUNDLED else Path(config.source)
     if path.is_file():
-        yield from _file_records(path)
+        yield from _file_records(path, config.column)
     elif any(path.suffix == suffix for suffix in (".jsonl", ".csv", ".parquet", ".txt", ".gz")):
         raise UserError(f"prompts.source {path}: no such file")
     else:
         yield from _dataset(config)
 
 
-def _file_records(path: Path) -> Iterator[dict[str, Any]]:
+def _file_records(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
     kind = (path.suffixes[-2:-1] if path.suffix == ".gz" else [path.suffix])[-1:]
     try:
         match kind:
@@ -223,10 +233,7 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
             case [".jsonl"]:
                 yield from _json_lines(path)
             case [".csv"]:
-                import pandas as pd
-
-                frame = pd.read_csv(path)
-                yield from frame.astype(object).where(frame.notna(), None).to_dict("records")
+                yield from _csv_records(path, column)
             case [".parquet"]:
                 import pyarrow.parquet as pq
 
@@ -242,6 +249,18 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _open(path: Path) -> Any:
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _csv_records(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
+    """Cells as they are written: a column is read as numbers only where that loses nothing (not 007, None, empty)."""
+    import pandas as pd
+
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for name in frame.columns.difference([column, *PROMPT_COLUMNS, *RESPONSE_COLUMNS]):
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        if numbers.astype(str).eq(frame[name]).all():
+            frame[name] = numbers
+    yield from frame.astype(object).to_dict("records")
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
