@@ -19,7 +19,8 @@ class Stage:
     """A stage: the module `iapo.NAME` has its `run(config, manifest)`.
 
     inputs: the stages whose outputs it reads. outputs: files and folders it makes, below the run folder.
-    settings: the part of the configuration that decides its result. command: the subcommand that runs it.
+    settings: the part of the configuration that decides its result; free: those of them that decide only how it is
+    come by (memory, where a server is), so that they may change. command: the subcommand that runs it.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Stage:
     made_of: Callable[[Config], dict[str, str]] = lambda config: {}
     """fingerprints of files from outside the run, by name"""
     command: str = ""
+    free: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -54,7 +56,8 @@ STAGES = {
             ("prompts",),
             ("responses",),
             lambda config: {"model": _dump(config.model), "sample": _dump(config.sample), "seed": config.seed},
-            lambda config: _bundled_base(config),
+            lambda config: _bundled_base(config) | _template_file(config),
+            free=("sample.batch_size", "sample.server"),
         ),
         Stage(
             "score",
@@ -74,6 +77,7 @@ STAGES = {
             ("prompts", "sample"),
             ("ref_logprobs",),
             lambda config: {"model": _dump(config.model), "sample": {"temperature": config.sample.temperature}},
+            lambda config: _template_file(config),
             command="train",
         ),
         Stage(
@@ -86,6 +90,8 @@ STAGES = {
                 "train": _dump(config.train),
                 "seed": config.seed,
             },
+            lambda config: _template_file(config),
+            free=("train.micro_batch_size", "train.gradient_checkpointing"),
         ),
         Stage(
             "evaluate",
@@ -100,7 +106,7 @@ STAGES = {
                 "evaluate": _dump(config.evaluate) | {"adapters": dict.fromkeys(config.evaluate.adapters, "")},
                 "seed": config.seed,
             },
-            lambda config: _adapter_files(config),  # wherever they lie
+            lambda config: _template_file(config) | _adapter_files(config) | _judge_files(config),
         ),
         Stage("report", ("calibrate", "train", "evaluate"), ("report.html",), lambda config: {}),
     )
@@ -123,7 +129,7 @@ def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
         if state != "done":
             command = STAGES[needed].command
             raise UserError(f"{name} needs {needed}, which is {state}; run `iapo {command}` or `iapo run` first")
-    if restart:
+    if restart or not _made(config, name):
         discard(name, config)
     manifest = manifest_of(name, config)
     manifest.start()
@@ -166,10 +172,18 @@ def share_samples(run: Path, other: Path) -> None:
 
 
 def discard(name: str, config: Config) -> None:
-    """Remove what a stage made and the record that it was made."""
-    manifest_of(name, config).discard()
+    """Remove what a stage made and the record that it was made; the latter last, so that no rest is taken for new."""
+    manifest = manifest_of(name, config)
+    manifest.reopen()
     for output in STAGES[name].outputs:
         _remove(config.run / output)
+    manifest.discard()
+
+
+def _made(config: Config, name: str) -> bool:
+    """Whether anything of a stage is there; one that failed before may begin anew with whatever was mended."""
+    outputs = [config.run / output for output in STAGES[name].outputs]
+    return any(path.is_file() or any(part.is_file() for part in path.rglob("*")) for path in outputs)
 
 
 def _remove(path: Path) -> None:
@@ -184,7 +198,7 @@ def manifest_of(name: str, config: Config) -> Manifest:
     stage = STAGES[name]
     inputs = {needed: _outputs_id(config.run, needed) for needed in stage.inputs}
     identity = {"settings": stage.settings(config), "inputs": inputs | stage.made_of(config)}
-    return Manifest(config.run, name, identity, stage.command)
+    return Manifest(config.run, name, identity, stage.command, stage.free)
 
 
 def status(config: Config) -> list[tuple[str, str, str]]:
@@ -193,6 +207,8 @@ def status(config: Config) -> list[tuple[str, str, str]]:
     for name, stage in STAGES.items():
         manifest = manifest_of(name, config)
         state = manifest.state()
+        if state == "stale" and not _made(config, name):
+            state = "to do"
         rows = count_rows(config.run / stage.outputs[0]) if state == "partial" else None
         record = read_manifest(config.run, name) or {}
         match state:
@@ -231,9 +247,14 @@ def _bundled_base(config: Config) -> dict[str, str]:
     return {"model.base": fingerprint(BUNDLED_FOLDER / "reference")} if config.model.base == BUNDLED else {}
 
 
-def _reward_files(config: RewardConfig) -> dict[str, str]:
+def _template_file(config: Config) -> dict[str, str]:
+    path = config.model.chat_template
+    return {"model.chat_template": fingerprint(path)} if path and path.is_file() else {}
+
+
+def _reward_files(config: RewardConfig, key: str = "reward") -> dict[str, str]:
     if config.model == BUNDLED:
-        return {"reward.model": fingerprint(BUNDLED_FOLDER / "reward")}
+        return {f"{key}.model": fingerprint(BUNDLED_FOLDER / "reward")}
     if config.function is None:
         return {}
     module = config.function.partition(":")[0]
@@ -243,7 +264,11 @@ def _reward_files(config: RewardConfig) -> dict[str, str]:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
-    return {"reward.function": fingerprint(Path(found.origin))} if found and found.origin else {}
+    return {f"{key}.function": fingerprint(Path(found.origin))} if found and found.origin else {}
+
+
+def _judge_files(config: Config) -> dict[str, str]:
+    return _reward_files(config.evaluate.judge, "evaluate.judge") if config.evaluate.judge else {}
 
 
 def _adapter_files(config: Config) -> dict[str, str]:

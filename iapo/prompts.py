@@ -119,7 +119,7 @@ def to_exchange(record: dict[str, Any], column: str | None = None, *, needed: bo
             "name it with prompts.column"
         )
     prompt, last = _split_last_response(_to_messages(record[column]))
-    responses = [last or ""]
+    responses = [last] if last else []
     try:
         for name in RESPONSE_COLUMNS:
             if name != column and record.get(name) is not None:
@@ -129,7 +129,7 @@ def to_exchange(record: dict[str, Any], column: str | None = None, *, needed: bo
         if needed:
             raise
     others = {name: value for name, value in record.items() if name != column and name not in RESPONSE_COLUMNS}
-    return Exchange(prompt, [text for text in responses if text], others)
+    return Exchange(prompt, responses, others)
 
 
 def parse_dialogue(text: str) -> list[Message]:
@@ -252,7 +252,10 @@ def _open(path: Path) -> Any:
 
 
 def _csv_records(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    """Cells as they are written: a column is read as numbers only where that loses nothing (not 007, None, empty)."""
+    """Cells as they are written: a column is read as numbers only where that loses nothing (not 007, None, empty).
+
+    An empty cell is no response.
+    """
     import pandas as pd
 
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -260,6 +263,8 @@ def _csv_records(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
         numbers = pd.to_numeric(frame[name], errors="coerce")
         if numbers.astype(str).eq(frame[name]).all():
             frame[name] = numbers
+    for name in frame.columns.intersection(RESPONSE_COLUMNS):
+        frame[name] = frame[name].replace("", None)
     yield from frame.astype(object).to_dict("records")
 
 

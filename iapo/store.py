@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,8 +103,17 @@ def versions() -> dict[str, str]:
 class Manifest:
     """The record of one stage of a run: what it was made from and what it made."""
 
-    def __init__(self, run: Path, stage: str, identity: Mapping[str, Any], command: str | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        stage: str,
+        identity: Mapping[str, Any],
+        command: str | None = None,
+        free: Iterable[str] = (),
+    ) -> None:
+        """free: settings of the identity, such as `train.micro_batch_size`, that may differ from what is stored."""
         self.run, self.stage, self.command = run, stage, command or stage
+        self.free = frozenset(f"settings.{name}" for name in free)
         self.identity = json.loads(json.dumps(identity, default=str))
         self._done = run / "manifests" / f"{stage}.json"
         self._started = run / "manifests" / f"{stage}.started.json"
@@ -122,7 +131,7 @@ class Manifest:
         path = self._done if self._done.is_file() else self._started
         if not path.is_file():
             return []
-        return _differences(json.loads(path.read_text())["identity"], self.identity)
+        return _differences(json.loads(path.read_text())["identity"], self.identity, self.free)
 
     def start(self) -> None:
         """Record what the stage is being made from; UserError where it was begun from something else."""
@@ -140,6 +149,11 @@ class Manifest:
         record = {"stage": self.stage, "identity": self.identity, "outputs": made, "versions": versions(), **notes}
         write_json(self._done, record)
 
+    def reopen(self) -> None:
+        """Take a stage that was done as begun: what it made is about to be removed, or some of it."""
+        if self._done.is_file():
+            self._done.replace(self._started)
+
     def discard(self) -> None:
         """Forget the stage was done or begun."""
         self._done.unlink(missing_ok=True)
@@ -152,13 +166,13 @@ def read_manifest(run: Path, stage: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def _differences(old: Any, new: Any, free: Set[str], where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            found += _differences(old.get(key), new.get(key), free, f"{where}.{key}" if where else key)
         return found
-    if old == new:
+    if old == new or where in free:
         return []
     if where.startswith("inputs."):
         return [f"{where.removeprefix('inputs.')} has changed"]
