@@ -82,7 +82,7 @@ class RewardConfig(Section):
     def _one_of_two(self) -> Self:
         if (self.model is None) == (self.function is None):
             raise ValueError("give either model (a sequence classifier) or function (module:function)")
-        if self.function is not None and self.function.count(":") != 1:
+        if self.function is not None and [bool(part) for part in self.function.split(":")] != [True, True]:
             raise ValueError(f"function {self.function!r}: expected module:function, such as my_rewards:helpful")
         return self
 

@@ -65,6 +65,7 @@ SAMPLES = pa.schema(
 
 def run(config: Config, manifest: Manifest) -> None:
     """Sample every policy on the held-out prompts, score the samples, and write the metrics."""
+    check_procedures(config)
     prompts = held_out_prompts(config)
     samples = config.evaluate.samples_per_prompt
     parts = []
@@ -91,6 +92,11 @@ def policies(config: Config) -> dict[str, Path | None]:
     """Name and adapter of each policy: the base, the trained one, and those that the configuration names."""
     if taken := {BASE, TRAINED} & set(config.evaluate.adapters):
         raise UserError(f"evaluate.adapters: the name {taken.pop()} is taken; choose another")
+    for name, folder in config.evaluate.adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"evaluate.adapters.{name}: no adapter_config.json in {folder}; expected the folder of a PEFT adapter"
+            )
     return {BASE: None, TRAINED: config.run / "adapter", **config.evaluate.adapters}
 
 
@@ -100,6 +106,14 @@ def procedures(config: Config) -> list[tuple[Procedure, Procedure]]:
     opponent = parse_procedure(config.objective.opponent) if config.objective.opponent else objective
     others = [parse_procedure(text) for text in config.evaluate.procedures]
     return list(dict.fromkeys([(objective, opponent), *((other, other) for other in others)]))
+
+
+def check_procedures(config: Config) -> None:
+    """UserError for a procedure that cannot be read, or that draws more samples than a prompt has."""
+    for pair in procedures(config):
+        for procedure in pair:
+            for samples in (config.sample.samples_per_prompt, config.evaluate.samples_per_prompt):
+                order_weights(procedure, np.linspace(0, 1, samples))
 
 
 def score(config: Config, prompts: list[dict[str, Any]], table: pd.DataFrame) -> tuple[dict[str, Floats], Floats]:

@@ -75,7 +75,15 @@ def load_reward(config: RewardConfig) -> tuple[Any, Any]:
     if model.config.num_labels != 1:
         raise UserError(f"reward.model {name} has {model.config.num_labels} outputs; expected a reward model with one")
     tokenizer = _load(AutoTokenizer, name, "reward.model", revision=config.revision, **trust)
-    return model, tokenizer
+    return _unrounded(model), tokenizer
+
+
+def _unrounded(model: Any) -> Any:
+    """The last product in float32 where the rest is 16 bits: rewards rounded to 8 bits tie (docs/log.md)."""
+    head = getattr(model, "score", None)
+    if type(head) is torch.nn.Linear:
+        head.float().register_forward_pre_hook(lambda module, inputs: tuple(one.float() for one in inputs))
+    return model
 
 
 def prompt_token_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

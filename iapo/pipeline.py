@@ -11,7 +11,15 @@ from typing import Any
 
 from iapo.config import BUNDLED, BUNDLED_FOLDER, Config, RewardConfig
 from iapo.errors import UserError
-from iapo.store import Manifest, content_id, count_rows, fingerprint, read_manifest, write_text
+from iapo.store import (
+    Manifest,
+    content_id,
+    count_rows,
+    fingerprint,
+    read_manifest,
+    weights_fingerprint,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ STAGES = {
             ("prompts",),
             ("responses",),
             lambda config: {"model": _dump(config.model), "sample": _dump(config.sample), "seed": config.seed},
-            lambda config: _bundled_base(config) | _template_file(config),
+            lambda config: _base_files(config),
             free=("sample.batch_size", "sample.server"),
         ),
         Stage(
@@ -77,7 +85,6 @@ STAGES = {
             ("prompts", "sample"),
             ("ref_logprobs",),
             lambda config: {"model": _dump(config.model), "sample": {"temperature": config.sample.temperature}},
-            lambda config: _template_file(config),
             command="train",
         ),
         Stage(
@@ -90,7 +97,6 @@ STAGES = {
                 "train": _dump(config.train),
                 "seed": config.seed,
             },
-            lambda config: _template_file(config),
             free=("train.micro_batch_size", "train.gradient_checkpointing"),
         ),
         Stage(
@@ -106,7 +112,7 @@ STAGES = {
                 "evaluate": _dump(config.evaluate) | {"adapters": dict.fromkeys(config.evaluate.adapters, "")},
                 "seed": config.seed,
             },
-            lambda config: _template_file(config) | _adapter_files(config) | _judge_files(config),
+            lambda config: _adapter_files(config) | _judge_files(config),
         ),
         Stage("report", ("calibrate", "train", "evaluate"), ("report.html",), lambda config: {}),
     )
@@ -140,6 +146,21 @@ def run_stage(name: str, config: Config, *, restart: bool = False) -> bool:
     return True
 
 
+def check(config: Config) -> None:
+    """UserError for what is wrong in a configuration and would only be met by its last stages."""
+    from iapo.evaluate import check_procedures
+    from iapo.transforms import as_transform
+
+    if config.prompts.holdout < 2:
+        raise UserError("prompts.holdout is 1, which tells no error of the KL; expected two or more prompts held out")
+    check_procedures(config)
+    as_transform(config.objective.transform)
+    for reward in filter(None, (config.reward, config.evaluate.judge)):
+        if reward.function and _module_file(reward.function) is None:
+            module = reward.function.partition(":")[0]
+            raise UserError(f"reward.function {reward.function}: no module {module}; looked in {Path.cwd()} first")
+
+
 def run_all(
     config: Config,
     *,
@@ -148,6 +169,7 @@ def run_all(
     stages: Iterable[str] = tuple(STAGES),
 ) -> None:
     """Run every stage that is not done, in order; `announce(stage, done before)` is called before each."""
+    check(config)
     for name in stages:
         announce(name, not restart and manifest_of(name, config).state() == "done")
         run_stage(name, config, restart=restart)
@@ -183,7 +205,8 @@ def discard(name: str, config: Config) -> None:
 def _made(config: Config, name: str) -> bool:
     """Whether anything of a stage is there; one that failed before may begin anew with whatever was mended."""
     outputs = [config.run / output for output in STAGES[name].outputs]
-    return any(path.is_file() or any(part.is_file() for part in path.rglob("*")) for path in outputs)
+    files = [path for output in outputs for path in (output, *output.rglob("*")) if path.is_file()]
+    return any(path.suffix != ".parquet" or count_rows(path) for path in files)
 
 
 def _remove(path: Path) -> None:
@@ -242,29 +265,35 @@ def _source_files(config: Config) -> dict[str, str]:
     return {"prompts.source": fingerprint(path)} if path.exists() else {}
 
 
-def _bundled_base(config: Config) -> dict[str, str]:
-    """Of the package's own model, which another version of it may have trained anew."""
-    return {"model.base": fingerprint(BUNDLED_FOLDER / "reference")} if config.model.base == BUNDLED else {}
+def _base_files(config: Config) -> dict[str, str]:
+    template = config.model.chat_template
+    found = _model_files("model.base", config.model.base, "reference")
+    return found | ({"model.chat_template": fingerprint(template)} if template and template.is_file() else {})
 
 
-def _template_file(config: Config) -> dict[str, str]:
-    path = config.model.chat_template
-    return {"model.chat_template": fingerprint(path)} if path and path.is_file() else {}
+def _model_files(key: str, name: str, part: str) -> dict[str, str]:
+    """Of a model in a folder, or of the package's own, which another version of it may have trained anew."""
+    if name == BUNDLED:
+        return {key: fingerprint(BUNDLED_FOLDER / part)}
+    return {key: weights_fingerprint(Path(name))} if Path(name).is_dir() else {}
 
 
 def _reward_files(config: RewardConfig, key: str = "reward") -> dict[str, str]:
-    if config.model == BUNDLED:
-        return {f"{key}.model": fingerprint(BUNDLED_FOLDER / "reward")}
     if config.function is None:
-        return {}
-    module = config.function.partition(":")[0]
+        return _model_files(f"{key}.model", str(config.model), "reward")
+    file = _module_file(config.function)
+    return {f"{key}.function": fingerprint(file)} if file else {}
+
+
+def _module_file(function: str) -> Path | None:
+    """The file of module:function, looked for in the current folder first; None where there is none."""
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = importlib.util.find_spec(module)
+        found = importlib.util.find_spec(function.partition(":")[0])
     except ModuleNotFoundError:
-        found = None
-    return {f"{key}.function": fingerprint(Path(found.origin))} if found and found.origin else {}
+        return None
+    return Path(found.origin) if found and found.origin else None
 
 
 def _judge_files(config: Config) -> dict[str, str]:

@@ -131,16 +131,24 @@ def _open_engine(config: Config, tokenizer: Any) -> tuple[Engine, int]:
 
 
 def _write_given(config: Config) -> Path:
-    """Tokenize the responses that came with the prompts; those whose prompt was left out are left out too."""
+    """Tokenize the responses that came with the prompts; those whose prompt was left out are left out too.
+
+    They end as most of the reference's own do, for a model may have several tokens that end a text.
+    """
     from iapo.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    sampled = set(read_table(config.run / "responses")["prompt_id"].to_pylist())
+    samples = read_table(config.run / "responses").to_pandas()
+    sampled = set(samples["prompt_id"])
+    ends = samples["token_ids"][samples["finish_reason"] == "stop"].str[-1]
+    end = tokenizer.eos_token_id if ends.empty else int(ends.mode()[0])
     rows = []
     for row in read_table(config.run / "given.parquet").to_pylist():
         ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"][: config.sample.max_new_tokens]
         cut = len(ids) == config.sample.max_new_tokens
-        ids = ids if cut else [*ids, tokenizer.eos_token_id]
+        if cut:  # rewarded for what is trained on
+            row["response"] = tokenizer.decode(ids, skip_special_tokens=True)
+        ids = ids if cut else [*ids, end]
         if row["prompt_id"] in sampled:
             rows.append(row | {"token_ids": ids, "finish_reason": "length" if cut else "stop", "source": "given"})
     path = config.run / "responses" / "given.parquet"

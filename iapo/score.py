@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from iapo.config import Config, RewardConfig
-from iapo.errors import UserError
+from iapo.errors import StageError, UserError
 from iapo.prompts import Message
 from iapo.shards import Worker, run_shards
 from iapo.store import Manifest, count_rows, read_table
@@ -45,7 +45,15 @@ def open_reward(config: RewardConfig) -> Reward:
     name = config.function or config.model
 
     def checked(prompts: Sequence[list[Message]], responses: Sequence[str], metadata: Any) -> list[float]:
-        rewards = [float(reward) for reward in score(prompts, responses, metadata)]
+        try:
+            rewards = [float(reward) for reward in score(prompts, responses, metadata)]
+        except Exception as error:
+            if config.function is None:
+                raise
+            raise StageError(
+                f"reward {name} failed ({type(error).__name__}: {error}); expected a list of one number a response: "
+                "mend it; `iapo --debug` shows where"
+            ) from error
         if len(rewards) != len(responses):
             raise UserError(
                 f"reward {name} gave {len(rewards)} rewards for {len(responses)} responses; expected one each"
@@ -54,7 +62,7 @@ def open_reward(config: RewardConfig) -> Reward:
             if not math.isfinite(reward):
                 raise UserError(
                     f"reward {name} gave {reward} to the response {response[:40]!r} to {prompt[-1]['content'][:40]!r}; "
-                    "expected a finite number: mend the reward, then run `iapo score` again"
+                    "expected a finite number: mend the reward, then run `iapo score --restart`"
                 )
         return rewards
 
@@ -68,8 +76,10 @@ def find_function(name: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
-    except ImportError as error:
-        raise UserError(f"reward.function {name}: cannot import {module_name} from {Path.cwd()} ({error})") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(
+            f"reward.function {name}: cannot import {module_name} from {Path.cwd()} ({type(error).__name__}: {error})"
+        ) from error
     if not callable(function):
         raise UserError(f"reward.function {name}: module {module_name} has no function {function_name}")
     return function
@@ -103,9 +113,11 @@ def _open_model(config: RewardConfig) -> Reward:
     from iapo.models import load_reward
 
     model, tokenizer = load_reward(config)
+    longest = min(model.config.get_text_config().max_position_embeddings, tokenizer.model_max_length)
 
     def score(prompts: Sequence[list[Message]], responses: Sequence[str], metadata: Any) -> list[float]:
         ids = [_conversation_ids(tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
+        ids = [_shortened(row, longest, tokenizer) for row in ids]
         return score_token_ids(model, ids, tokenizer.pad_token_id, config.batch_size)
 
     return score
@@ -135,6 +147,14 @@ def score_token_ids(model: Any, sequences: list[list[int]], pad_id: int | None, 
         for index, reward in zip(chosen, logits.double().tolist(), strict=True):
             rewards[index] = reward
     return rewards
+
+
+def _shortened(ids: list[int], longest: int, tokenizer: Any) -> list[int]:
+    """The last tokens of what is too long, behind the token that every text begins with: encoders are read at it."""
+    if len(ids) <= longest:
+        return ids
+    first = ids[:1] if ids[0] in (tokenizer.cls_token_id, tokenizer.bos_token_id) else []
+    return first + ids[len(first) - longest :]
 
 
 def _absent_token(batch: list[list[int]]) -> int:

@@ -86,6 +86,16 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of the names and sizes of a model's files and of how each begins, for whole weights take minutes."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**22))
+    return digest.hexdigest()
+
+
 def content_id(data: Any) -> str:
     """A short identifier of JSON-like content: the same content has the same one everywhere."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -131,7 +141,9 @@ class Manifest:
         path = self._done if self._done.is_file() else self._started
         if not path.is_file():
             return []
-        return _differences(json.loads(path.read_text())["identity"], self.identity, self.free)
+        old, new = json.loads(path.read_text())["identity"], self.identity
+        known = {name: value for name, value in new["inputs"].items() if name in old["inputs"]}
+        return _differences(old, new | {"inputs": known}, self.free)  # an input not known then: of an older version
 
     def start(self) -> None:
         """Record what the stage is being made from; UserError where it was begun from something else."""

@@ -58,6 +58,10 @@ def run(config: Config, manifest: Manifest) -> None:
             f"train: {len(training)} training and {len(held_out)} held-out responses with rewards that differ; "
             "expected some of both: give more prompts or another reward"
         )
+    if len({row["prompt_id"] for row in held_out}) < 2:
+        raise UserError(
+            "train: one held-out prompt, which tells no error of the KL; expected two or more: raise prompts.holdout"
+        )
     set_seed(config.seed)
     policy = add_adapter(load_base(config.model), config.train)
     if config.train.gradient_checkpointing and torch.cuda.is_available():
@@ -94,7 +98,7 @@ def run(config: Config, manifest: Manifest) -> None:
         )
     adapter = config.run / "adapter"
     policy.save_pretrained(adapter, state_dict=weights)
-    write_json(adapter / "log.json", [*trainer.state.log_history])
+    write_json(adapter / "log.json", [finite(entry) for entry in trainer.state.log_history])
     revision = model_revision(policy)
     del trainer, policy, weights
     release()
@@ -152,6 +156,11 @@ def add_adapter(base: Any, config: TrainConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, lora)
+
+
+def finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without what JSON cannot hold: the norm of gradients that overflowed in float16, a step that was not taken."""
+    return {name: value for name, value in entry.items() if not isinstance(value, float) or np.isfinite(value)}
 
 
 def trained_weights(policy: Any) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def test_later_override_wins(path):
         (["reward.model=x"], ["either model", "function"]),
         (["reward.function=null"], ["either model", "function"]),
         (["reward.function=helpful"], ["module:function", "helpful"]),
+        (["reward.function=':helpful'"], ["module:function", "helpful"]),
         (["train.epochs=many"], ["train.epochs", "number", "'many'"]),
         (["sample.samples_per_prompt=1"], ["sample.samples_per_prompt", "2"]),
         (["sample.engine=openai"], ["engine: openai", "server"]),

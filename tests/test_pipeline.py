@@ -1,6 +1,7 @@
 """The whole pipeline on a tiny model through the command line, and what repeating it does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,9 @@ def test_repeating_does_nothing(finished, iapo):
         ("train.learning_rate=0.01", ["train"]),
         ("evaluate.samples_per_prompt=8", ["evaluate"]),
         ("reward.batch_size=1", []),
+        ("sample.batch_size=1", []),
+        ("train.micro_batch_size=1", []),
+        ("train.gradient_checkpointing=false", []),
         ("workers=ray", []),
     ],
 )
@@ -140,3 +144,79 @@ def test_the_seed_decides_everything(finished, tmp_path, tiny_reward, iapo, lett
         assert iapo("prompts", path).code == iapo("sample", path).code == 0
         one, other = (read_table(run / "responses") for run in (config.run, tmp_path / str(seed)))
         assert one.equals(other) == same
+
+
+def test_changed_files_make_stale_what_was_made_of_them(tiny_run, tiny_model, iapo, tmp_path, monkeypatch):
+    """A template, the weights of a base in a folder, and who judges."""
+    monkeypatch.chdir(tmp_path)
+    base, template, judge = tmp_path / "base", tmp_path / "template.jinja", tmp_path / "file_judge.py"
+    shutil.copytree(tiny_model, base)
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    judge.write_text("def longest(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
+    path = tiny_run(
+        model={"base": str(base), "chat_template": str(template)},
+        sample={"samples_per_prompt": 4},
+        evaluate={"samples_per_prompt": 4, "judge": {"function": "file_judge:longest"}},
+    )
+    assert iapo("run", path).code == 0
+    config = load_config(path)
+
+    def stale() -> list[str]:
+        return [name for name, state, _ in status(config) if state == "stale"]
+
+    assert stale() == []
+    judge.write_text(judge.read_text().replace("float(", "-float("))
+    assert stale() == ["evaluate"]
+    judge.write_text(judge.read_text().replace("-float(", "float("))
+    for file in (template, base / "model.safetensors"):
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        assert stale() == ["sample"]  # and with new samples, all the rest
+        file.write_bytes(before)
+
+
+def test_a_restart_that_is_interrupted_mixes_nothing(tiny_run, iapo, tmp_path, monkeypatch):
+    path = tiny_run(sample={"samples_per_prompt": 4})
+    assert iapo("prompts", path).code == iapo("sample", path).code == 0
+    shards = sorted((tmp_path / "run" / "responses").glob("*.parquet"))
+
+    def interrupted(folder):
+        shards[0].unlink()
+        raise KeyboardInterrupt
+
+    hotter = ("--set", "sample.temperature=2.0")
+    with monkeypatch.context() as patch:
+        patch.setattr("iapo.pipeline.shutil.rmtree", interrupted)
+        assert iapo("sample", path, "--restart", *hotter).code == 130
+    outcome = iapo("sample", path, *hotter)
+    assert outcome.code == 2 and "temperature was 1.0, is now 2.0" in outcome.err
+    old = [shard.read_bytes() for shard in shards[1:]]
+    assert iapo("sample", path, "--restart", *hotter).code == 0
+    assert all(shard.read_bytes() != before for shard, before in zip(shards[1:], old, strict=True))
+
+
+def test_a_stage_that_failed_before_it_made_anything_may_be_mended(tiny_run, iapo):
+    path = tiny_run(sample={"samples_per_prompt": 4})
+    assert iapo("prompts", path, "--set", "prompts.source=missing.jsonl").code == 2
+    assert iapo("prompts", path).code == 0
+    long = ("--set", "sample.max_new_tokens=600")
+    assert iapo("sample", path, *long).code == 2
+    assert {name: state for name, state, _ in status(load_config(path))}["sample"] == "to do"
+    assert iapo("sample", path).code == 0
+    assert iapo("sample", path, *long).code == 2  # now there are samples to lose
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective.procedure=best_off(4)", "best_off"),
+        ("objective.transform=optimum", "optimum"),
+        ("evaluate.procedures=[best_of(17)]", "best_of(17) draws 17 and there are 16 samples"),
+        ("reward.function=no_such_module:f", "no module no_such_module"),
+        ("prompts.holdout=1", "expected two or more"),
+    ],
+)
+def test_a_run_refuses_at_once_what_only_its_last_stages_would_meet(tiny_run, iapo, tmp_path, override, words):
+    outcome = iapo("run", tiny_run(), "--set", override)
+    assert outcome.code == 2 and words in outcome.err
+    assert not (tmp_path / "run" / "prompts.parquet").exists()

@@ -52,6 +52,10 @@ HH = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: Why?\n\nAssistant: Because{}"
         ),
         ({"prompt": "Human: is this a dialogue?"}, turns((U, "is this a dialogue?")), [], {}),
         ({"prompt": "Say\n\nHuman: x"}, turns((U, "Say\n\nHuman: x")), [], {}),
+        ({"prompt": None}, [], [], {}),
+        ({"prompt": "Hi", "responses": "yes it is"}, turns((U, "Hi")), ["yes it is"], {}),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": "Yes?"}, turns((U, "Hi")), ["Yes?"], {}),
+        ({"prompt": "Hi", "response": ""}, turns((U, "Hi")), [""], {}),
     ],
 )
 def test_record_to_exchange(record, prompt, responses, metadata):
@@ -136,6 +140,32 @@ def test_csv_with_a_hole_in_it(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,chosen\nHi,\nHo,x\n")
     exchanges = list(read_exchanges(PromptsConfig(source=str(tmp_path / "p.csv"))))
     assert [exchange.responses for exchange in exchanges] == [[], ["x"]]
+
+
+def test_csv_cells_are_what_is_written_there(tmp_path):
+    """Numbers only in columns where nothing is lost by it, and never for prompts and responses."""
+    (tmp_path / "p.csv").write_text("prompt,response,code,level,score\nNone,12,007,1,0.5\n42,NA,8,2,1.25\n,x,,3,2.0\n")
+    exchanges = list(read_exchanges(PromptsConfig(source=str(tmp_path / "p.csv"))))
+    assert [exchange.prompt[0]["content"] for exchange in exchanges] == ["None", "42", ""]
+    assert [exchange.responses for exchange in exchanges] == [["12"], ["NA"], ["x"]]
+    assert [exchange.metadata for exchange in exchanges] == [
+        {"code": "007", "level": 1, "score": 0.5},
+        {"code": "8", "level": 2, "score": 1.25},
+        {"code": "", "level": 3, "score": 2.0},
+    ]
+    named = list(read_exchanges(PromptsConfig(source=str(tmp_path / "p.csv"), column="level")))
+    assert [exchange.prompt[0]["content"] for exchange in named] == ["1", "2", "3"]
+
+
+def test_responses_that_cannot_be_read_matter_only_where_they_are_used(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a", "completions": [{"model": "m", "text": "b"}]}\n{"prompt": null}\n'
+    )
+    exchanges = read_exchanges(PromptsConfig(source=str(tmp_path / "p.jsonl")))
+    kept, dropped = unique(exchanges)
+    assert [(e.prompt, e.responses) for e in kept] == [(turns((U, "a")), [])] and dropped["empty prompts"] == 1
+    with pytest.raises(UserError, match="record 1"):
+        list(read_exchanges(PromptsConfig(source=str(tmp_path / "p.jsonl"), given_responses=True)))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from conftest import make_tokenizer, tiny_config
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
+from iapo.config import load_config
 from iapo.engines.transformers import open_engine, sample_batch
-from iapo.sample import prompt_shards
-from iapo.store import read_manifest, read_table
+from iapo.sample import RESPONSES, _write_given, prompt_shards
+from iapo.store import make_table, read_manifest, read_table, write_table
 
 END, PAD = 1, 0
 PROMPTS = [[10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32]]  # of different lengths, so that two are padded
@@ -175,11 +176,31 @@ def test_stage_keeps_given_responses_beside_the_samples(tmp_path, tiny_run, iapo
     frame = read_table(tmp_path / "run" / "responses").to_pandas()
     assert (frame["source"] == "reference").sum() == 32
     given = frame[frame["source"] == "given"].set_index("response")
+    longer = "longer"  # what is left of it in six tokens, and so what is rewarded
     ids = make_tokenizer()("longer than six")["input_ids"]
     assert given.loc["yes", "token_ids"].tolist() == [*make_tokenizer()("yes")["input_ids"], 1]
     assert given.loc["", "token_ids"].tolist() == [1]
-    assert given["finish_reason"].to_dict() == {"yes": "stop", "": "stop", "longer than six": "length"}
-    assert given.loc["longer than six", "token_ids"].tolist() == ids[:6]
+    assert given["finish_reason"].to_dict() == {"yes": "stop", "": "stop", longer: "length"}
+    assert given.loc[longer, "token_ids"].tolist() == ids[:6]
+
+
+def test_given_responses_end_as_the_samples_do(tmp_path, tiny_run, iapo):
+    """A model may end its turns with another token than its tokenizer's own."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "chosen": "yes"}\n{"prompt": "b", "chosen": "no"}\n')
+    path = tiny_run(
+        prompts={"source": str(tmp_path / "p.jsonl"), "holdout": 1, "given_responses": True},
+        sample={"temperature": 3.0, "samples_per_prompt": 256, "max_new_tokens": 16},
+    )
+    assert iapo("prompts", path).code == iapo("sample", path).code == 0
+    for shard in (tmp_path / "run" / "responses").glob("0*.parquet"):
+        rows = read_table(shard).to_pylist()
+        assert any(row["finish_reason"] == "stop" for row in rows)
+        for row in rows:
+            row["token_ids"] = [7 if token == 1 else token for token in row["token_ids"]]
+        write_table(shard, make_table(rows, RESPONSES))
+    given = read_table(_write_given(load_config(path))).to_pandas()
+    tokens = [[*make_tokenizer()(text)["input_ids"], 7] for text in given["response"]]
+    assert len(given) == 2 and [list(ids) for ids in given["token_ids"]] == tokens
 
 
 def test_stage_refuses_when_every_prompt_is_too_long(tiny_run, iapo):

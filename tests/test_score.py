@@ -6,10 +6,18 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_tokenizer, tiny_config
 from jinja2 import Template
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from tokenizers import processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from iapo.config import RewardConfig
-from iapo.errors import UserError
+from iapo.errors import StageError, UserError
 from iapo.score import open_reward, score_token_ids
 from iapo.store import read_table
 
@@ -149,3 +157,63 @@ def test_a_reward_that_breaks_is_a_failure(tiny_run, iapo):
     outcome = iapo("score", path)
     assert (outcome.code, "Traceback" in outcome.err) == (1, False) and "KeyError" in outcome.err
     assert "Traceback" in iapo("score", path, "--debug").err
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [("raises", "KeyError"), ("nothing", "TypeError"), ("text", "ValueError")]
+)
+def test_a_function_that_fails_is_named(function, reason):
+    with pytest.raises(StageError, match=f"tiny_rewards:{function} failed .{reason}.*one number a response"):
+        open_reward(RewardConfig(function=f"tiny_rewards:{function}"))(PROMPTS, RESPONSES, [{}] * 4)
+
+
+def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_rewards.py").write_text("undefined\n")
+    with pytest.raises(UserError, match="cannot import broken_rewards.*NameError"):
+        open_reward(RewardConfig(function="broken_rewards:f"))
+
+
+def test_rewards_are_not_rounded_where_the_model_is(tiny_reward):
+    """In bfloat16 a reward of its own precision would have 8 bits, and ties."""
+    exact, rough = (open_reward(RewardConfig(model=str(tiny_reward), dtype=d)) for d in ("float32", "bfloat16"))
+    responses = [f"response {number}" for number in range(64)]
+    prompts, metadata = [PROMPTS[0]] * 64, [{}] * 64
+    found = torch.tensor(rough(prompts, responses, metadata))
+    assert (found != found.bfloat16()).float().mean() > 0.9
+    assert torch.corrcoef(torch.stack([found, torch.tensor(exact(prompts, responses, metadata))]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_encoders_keep_the_token_that_they_are_read_at(tmp_path, kind):
+    """A conversation too long for them loses its beginning, but not that token; RoBERTa has two places fewer."""
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_special_tokens({"cls_token": "<cls>"})
+    tokenizer.model_max_length = 64
+    shape = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 66 if kind == "roberta" else 64,
+        "num_labels": 1,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    make = {"bert": (BertConfig, BertForSequenceClassification)}
+    make["roberta"] = (RobertaConfig, RobertaForSequenceClassification)
+    configuration, model = make[kind]
+    made = model(configuration(**shape)).eval()
+    made.save_pretrained(tmp_path)
+    beginning = processors.TemplateProcessing(single="<cls> $A", special_tokens=[("<cls>", tokenizer.cls_token_id)])
+    tokenizer.backend_tokenizer.post_processor = beginning
+    tokenizer.save_pretrained(tmp_path)
+    long = "".join(chr(97 + n % 26) for n in range(100))
+    ids = tokenizer("Hi\n\n" + long)["input_ids"]
+    assert ids[0] == tokenizer.cls_token_id and len(ids) > 64
+    kept = torch.tensor([[ids[0], *ids[-63:]]])
+    with torch.inference_mode():
+        expected = made(input_ids=kept, attention_mask=torch.ones_like(kept)).logits.item()
+    found = open_reward(RewardConfig(model=str(tmp_path)))([PROMPTS[0]], [long], [{}])
+    assert found == pytest.approx([expected], abs=1e-5)

@@ -14,6 +14,7 @@ from iapo.store import (
     fingerprint,
     read_manifest,
     read_table,
+    weights_fingerprint,
     write_json,
     write_table,
     write_text,
@@ -101,3 +102,25 @@ def test_states_of_a_stage(tmp_path):
         stage(2.0).start()
     stage(2.0).discard()
     assert stage(2.0).state() == "to do"
+
+
+def test_free_settings_and_inputs_of_later_versions_make_nothing_stale(tmp_path):
+    def stage(size: int, rate: float = 1.0, **inputs: str) -> Manifest:
+        settings = {"train": {"micro_batch_size": size, "rate": rate}}
+        identity = {"settings": settings, "inputs": {"prompts": "abc"} | inputs}
+        return Manifest(tmp_path, "train", identity, free=["train.micro_batch_size"])
+
+    stage(8).start()
+    assert stage(4, template="t").state() == "partial"
+    stage(4, template="t").start()
+    stage(4, template="t").finish([])
+    assert stage(2, template="t").state() == "done"
+    assert stage(2, 2.0, template="u").differences() == ["template has changed", "train.rate was 1.0, is now 2.0"]
+
+
+def test_weights_are_told_apart_by_names_sizes_and_beginnings(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2"), ("d", b"11")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    found = [weights_fingerprint(tmp_path / name) for name in "abcd"]
+    assert found[0] == found[1] and len(set(found)) == 3

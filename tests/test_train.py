@@ -24,6 +24,7 @@ from iapo.train import (
     COMPLETE,
     PolicyTrainer,
     add_adapter,
+    finite,
     held_out_metrics,
     newest_checkpoint,
     spread,
@@ -295,6 +296,17 @@ def test_training_needs_rewards_that_differ_on_both_splits(calibrated, iapo):
     assert not any(split[f"name {n}"] == "holdout" for n in range(1, 6))
     outcome = iapo("train", path)
     assert outcome.code == 2 and "80 training and 0 held-out responses" in outcome.err
+
+
+def test_one_held_out_prompt_is_refused_before_training(calibrated, iapo):
+    path = calibrated(prompts={"holdout": 1})
+    outcome = iapo("train", path)
+    assert outcome.code == 2 and "one held-out prompt" in outcome.err and "prompts.holdout" in outcome.err
+
+
+def test_a_log_entry_that_overflowed_can_be_stored():
+    entry = {"step": 1, "loss": 0.5, "grad_norm": float("inf"), "learning_rate": 1e-4}
+    assert finite(entry) == {"step": 1, "loss": 0.5, "learning_rate": 1e-4}
 
 
 def test_an_unknown_procedure_is_refused():

@@ -27,6 +27,14 @@ def raises(prompts, responses):
     return [{}["no such key"] for _ in responses]
 
 
+def nothing(prompts, responses):
+    return None
+
+
+def text(prompts, responses):
+    return ["good" for _ in responses]
+
+
 def known_answer(prompts, responses, metadata):
     """Reward 1 for the length that the prompt's metadata asks for."""
     return [float(len(response) == int(of["wanted"])) for response, of in zip(responses, metadata, strict=True)]
