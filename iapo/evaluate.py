@@ -66,6 +66,11 @@ SAMPLES = pa.schema(
 def run(config: Config, manifest: Manifest) -> None:
     """Sample every policy on the held-out prompts, score the samples, and write the metrics."""
     check_procedures(config)
+    for name, folder in config.evaluate.adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"evaluate.adapters.{name}: no adapter_config.json in {folder}; expected the folder of a PEFT adapter"
+            )
     prompts = held_out_prompts(config)
     samples = config.evaluate.samples_per_prompt
     parts = []
@@ -92,11 +97,6 @@ def policies(config: Config) -> dict[str, Path | None]:
     """Name and adapter of each policy: the base, the trained one, and those that the configuration names."""
     if taken := {BASE, TRAINED} & set(config.evaluate.adapters):
         raise UserError(f"evaluate.adapters: the name {taken.pop()} is taken; choose another")
-    for name, folder in config.evaluate.adapters.items():
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"evaluate.adapters.{name}: no adapter_config.json in {folder}; expected the folder of a PEFT adapter"
-            )
     return {BASE: None, TRAINED: config.run / "adapter", **config.evaluate.adapters}
 
 

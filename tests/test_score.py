@@ -170,7 +170,7 @@ def test_a_function_that_fails_is_named(function, reason):
 def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_rewards.py").write_text("undefined\n")
-    with pytest.raises(UserError, match="cannot import broken_rewards.*NameError"):
+    with pytest.raises(UserError, match=r"cannot import broken_rewards.*NameError"):
         open_reward(RewardConfig(function="broken_rewards:f"))
 
 

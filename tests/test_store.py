@@ -118,8 +118,9 @@ def test_free_settings_and_inputs_of_later_versions_make_nothing_stale(tmp_path)
     assert stage(2, 2.0, template="u").differences() == ["template has changed", "train.rate was 1.0, is now 2.0"]
 
 
-def test_weights_are_told_apart_by_names_sizes_and_beginnings(tmp_path):
-    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2"), ("d", b"11")):
+def test_weights_are_told_apart_by_names_sizes_and_parts(tmp_path):
+    same = bytes(2**22)
+    for name, content in (("a", same), ("b", same), ("c", same[: 2**21] + b"1" * 2**21), ("d", same + b"1")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(content)
     found = [weights_fingerprint(tmp_path / name) for name in "abcd"]
