@@ -354,18 +354,22 @@ def _first_order(pairs: tuple[Pairing, ...]) -> Function:
 
 
 def _given(phi: Function, breaks: Floats, beta: float) -> tuple[Density, float, float]:
-    """(1) and (2) for a plain transform, not smooth at the breaks: the density, log Z and the KL."""
+    """(1) and (2) for a plain transform, not smooth at the breaks: the density, log Z and the KL.
+
+    Exponents are taken from the highest down, for Phi / beta itself may be 1e9, of which 1e-7 is rounded off.
+    """
     edges = cells(lambda u: phi(u) / beta, breaks)
     u = nodes(edges)
-    exponent = phi(u) / beta
+    peak = float(np.max(phi(u)))
+    exponent = (phi(u) - peak) / beta
     log_weight = np.log(weights(edges)) + exponent
-    log_partition = float(logsumexp(log_weight))
-    kl = float(np.sum(np.exp(log_weight - log_partition) * (exponent - log_partition)))
+    below_peak = float(logsumexp(log_weight))
+    kl = float(np.sum(np.exp(log_weight - below_peak) * (exponent - below_peak)))
 
     def log_f(u: Floats) -> Floats:
-        return phi(u) / beta - log_partition
+        return (phi(u) - peak) / beta - below_peak
 
-    return Density(log_f, edges, logsumexp(log_weight, axis=1) - log_partition), log_partition, kl
+    return Density(log_f, edges, logsumexp(log_weight, axis=1) - below_peak), peak / beta + below_peak, kl
 
 
 def _beta_at(phi: Function, breaks: Floats, name: str, target_kl: float) -> float:

@@ -27,9 +27,11 @@ class Density:
     log_mass: Floats
 
     def cdf(self, u: ArrayLike) -> Floats:
-        """F(u)."""
+        """F(u), from the smaller of both tails: 1 where nothing is above u, whatever the rounding of all below it."""
         u = np.asarray(u, float)
-        return np.exp(np.minimum(self._log_mass_between(np.zeros_like(u), u), 0))
+        below = self._log_mass_between(np.zeros_like(u), u)
+        above = self._log_mass_between(u, np.ones_like(u))
+        return np.where(below < above, np.exp(np.minimum(below, 0)), -np.expm1(np.minimum(above, 0)))
 
     def log_mean(self, low: ArrayLike, high: ArrayLike) -> Floats:
         """The log of the mean of f over [low, high]: arrays in [0, 1], broadcast together, low <= high."""
