@@ -293,3 +293,4 @@ def test_stage_refuses_what_it_cannot_use(trained, iapo, tmp_path):
     assert outcome.code == 2 and "adapter_config.json" in outcome.err
     outcome = iapo("evaluate", path, "--restart", "--set", "evaluate.samples_per_prompt=3")
     assert outcome.code == 2 and "best_of(4) draws 4 and there are 3 samples" in outcome.err
+    assert not (tmp_path / "run" / "evaluation").exists()  # refused before anything is sampled

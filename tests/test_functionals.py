@@ -245,6 +245,16 @@ def test_a_policy_that_never_reaches_the_threshold_has_the_best_of_n():
     assert form.win_rate == pytest.approx(below, abs=1e-15)
 
 
+def test_a_given_transform_keeps_its_digits_at_high_kl():
+    """Phi / beta is 7e8 there, of which 1e-7 is rounded off; the KL is summed anew from log f."""
+    form = solve("best_of(4)", transform="table(1, 0, 0)", target_kl=20)
+    assert form.kl == pytest.approx(20, abs=1e-11)
+    edges = np.concatenate([[0.0], np.geomspace(1e-14, 1e-7, 4001)])
+    middle = (edges[:-1] + edges[1:]) / 2
+    mass = np.diff(edges) * np.exp(form.log_density(middle))
+    assert mass.sum() == pytest.approx(1, abs=1e-5) and form.cdf([0, 0.9, 1]).tolist() == [0, 1, 1]
+
+
 def test_a_kl_where_the_win_rate_is_next_to_one_is_refused():
     with pytest.raises(UserError, match=r"no optimum was found beyond .* nats, where the win rate is 0\.99999"):
         solve("early_stop(64, 0.95)", target_kl=10)
