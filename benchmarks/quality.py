@@ -326,8 +326,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")
 
 
-def main(argv: list[str] | None = None) -> list[Measured]:
-    """Sample once, train everything, measure everything, print the table and the JSON line."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, with procedures as they are written and the setting's folder as `out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--data", type=Path, help="the data set of hh and gsm8k")
@@ -344,6 +344,12 @@ def main(argv: list[str] | None = None) -> list[Measured]:
         parser.error(f"{args.setting} needs --data, where the data set lies")
     args.procedures = [str(parse_procedure(text)) for text in args.procedures]
     args.out = args.out.resolve() / f"{args.setting}-{args.seed}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[Measured]:
+    """Sample once, train everything, measure everything, print the table and the JSON line."""
+    args = parse(argv)
     os.chdir(ROOT)  # where reward functions are looked for
     samples = args.out / "samples"
     for stage in BEFORE_TRAINING:

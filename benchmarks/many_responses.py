@@ -1,0 +1,459 @@
+"""How near its closed form a fit comes with millions of responses: sampled, rewarded and trained on by one GPU.
+
+    python benchmarks/many_responses.py prepare FILE SETTING [options of quality.py]     # anywhere
+    python benchmarks/many_responses.py train FILE ADAPTERS --seconds 240                # a GPU; torch is enough
+    python benchmarks/many_responses.py install ADAPTERS SETTING [the same options]      # where it was prepared
+    python benchmarks/quality.py SETTING [the same options]                              # scales and measures them
+
+`iapo train` waits for Python when a model has 2.5 M parameters; here the same loss (equation (3) by least squares), LoRA
+on the same layers and the same prompts run as CUDA graphs, all policies at once on the same responses, for as long as
+--seconds says. AdamW, cosine, gradients clipped at 1, steps of 256 responses, bfloat16 products. Rewards are those of
+token ids as sampled. What is stored in FILE: models, prompts, and of each policy the CDF of its calibrated reward.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.hh_rewards import WEIGHTS_VARIABLE, bigrams  # noqa: E402
+from benchmarks.stacked_llama import LINEAR, Adapters, Batch, Llama, hidden_states, log_probs, sample  # noqa: E402
+
+TOGETHER, GROUPS = 8, 32
+"""Responses of a prompt in a step, and how often so many are in one."""
+HELD_OUT = 1024
+"""Samples of each held-out prompt, of which the first 64 tell the explained variance."""
+IN_FILE = 4
+"""Policies stored in one file."""
+WIDTHS = {"bundled": (32, 64), "hh": (16,), "gsm8k": (32,)}
+"""Tokens that short and long responses are padded to."""
+
+
+# --- Before: what the GPU needs -------------------------------------------------------------------------------------
+
+
+def prepare(path: Path, args: argparse.Namespace, samples: int) -> None:
+    """Run the stages before training, if they are not done, and store models, prompts and CDFs."""
+    from benchmarks import quality
+    from iapo.closed_form import solve
+    from iapo.models import end_token_ids, load_base, load_reward, load_tokenizer, prompt_token_ids
+    from iapo.store import read_table
+
+    config = quality.configuration(args, args.out / "samples", quality.OPTIMAL, args.procedures[0], args.kls[0])
+    for stage in quality.BEFORE_TRAINING:
+        quality.run_stage(stage, config)
+    base, tokenizer = load_base(config.model), load_tokenizer(config.model)
+    (end,) = end_token_ids(base, tokenizer)
+    sampled = set(read_table(config.run / "quantiles.parquet")["prompt_id"].to_pylist())
+    prompts: dict[str, list[list[int]]] = {"train": [], "holdout": []}
+    for row in read_table(config.run / "prompts.parquet").to_pylist():
+        if row["prompt_id"] in sampled:
+            prompts[row["split"]].append(prompt_token_ids(tokenizer, row["prompt"]))
+    edges = np.linspace(0, 1, samples + 1)
+    forms = [solve(procedure, None, transform, target_kl=kl) for transform, procedure, kl in policies(args)]
+    if config.reward.model:
+        reward: dict[str, Any] = stored(load_reward(config.reward)[0])
+    else:
+        weights = json.loads(Path(os.environ[WEIGHTS_VARIABLE]).read_text())
+        reward = {"bigrams": weights, "tokenizer": tokenizer.backend_tokenizer.to_str()}
+    inputs = {
+        "base": stored(base),
+        "reward": reward,
+        "prompts": prompts,
+        "end": end,
+        "widths": WIDTHS[args.setting],
+        "ranks": [config.train.lora_rank] * len(forms),
+        "rates": [1.0] * len(forms),
+        "policies": [str(one) for one in policies(args)],
+        "cdfs": torch.tensor(np.stack([form.cdf(edges) for form in forms])),
+    }
+    torch.save(inputs, path)
+    print({name: len(part) for name, part in prompts.items()}, inputs["policies"], path.stat().st_size)
+
+
+def policies(args: argparse.Namespace) -> list[tuple[str, str, float]]:
+    """Transform, procedure and KL of each policy of a run of quality.py, in its order."""
+    from benchmarks.quality import OPTIMAL
+
+    return [
+        (transform, procedure, kl)
+        for transform in args.transforms
+        for procedure in (args.procedures if transform == OPTIMAL else args.procedures[:1])
+        for kl in args.kls
+    ]
+
+
+def stored(model: Any) -> dict[str, Any]:
+    return {"config": model.config.to_dict(), "weights": model.state_dict()}
+
+
+# --- On the GPU -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Without their last token and padded [G, T], lengths so [G], last tokens [G]."""
+
+    tokens: Tensor
+    lengths: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, rows: list[list[int]], device: torch.device) -> "Prompts":
+        width = max(map(len, rows)) - 1
+        tokens = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=device)
+        lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
+        return cls(tokens, lengths, torch.tensor([row[-1] for row in rows], device=device))
+
+    def batch(self, chosen: Tensor, responses: Tensor) -> Batch:
+        """Of the chosen prompts [g] with responses [g, n, R]: rows begin with the prompt's last token, R tokens."""
+        last = self.last[chosen][:, None, None].expand(-1, responses.shape[1], 1)
+        rows = torch.cat([last, responses[..., :-1].clamp(min=0)], dim=-1)
+        return Batch(self.tokens[chosen], self.lengths[chosen], rows)
+
+
+Rewards = Callable[[Prompts, Tensor], Tensor]
+"""(prompts, their responses [G, n, R]) -> rewards [G, n]"""
+
+
+def reward_model(about: dict[str, Any], end: int, device: torch.device) -> Rewards:
+    """A sequence classifier, read at the end token; a response that was cut is ended."""
+    llama = Llama.of(about["config"], about["weights"], torch.float32, device)
+    head = about["weights"]["score.weight"].to(device)[0].float()
+
+    @torch.inference_mode()
+    def score(prompts: Prompts, responses: Tensor) -> Tensor:
+        ended = torch.nn.functional.pad(responses.long(), (0, 2), value=-1)
+        length = (ended >= 0).sum(-1, keepdim=True)
+        is_cut = ended.gather(-1, length - 1) != end
+        ended.scatter_(-1, length, torch.where(is_cut, end, -1))
+        at = length - 1 + is_cut.long()  # of the end token among the response's
+        found = hidden_states(llama, prompts.batch(torch.arange(len(ended), device=device), ended), None)[0]
+        return (found @ head).gather(-1, at + 1)[..., 0]  # rows begin one token earlier
+
+    return score
+
+
+def bigram_rewards(about: dict[str, Any], workers: ProcessPoolExecutor) -> Rewards:
+    """The reward of hh.py, of texts, by other processes."""
+
+    def score(prompts: Prompts, responses: Tensor) -> Tensor:
+        rows = responses.flatten(0, 1).cpu().numpy()
+        parts = list(workers.map(_bigrams_of, np.array_split(rows, max(1, len(rows) // 4096))))
+        return torch.tensor(np.concatenate(parts), device=responses.device).view(responses.shape[:2])
+
+    return score
+
+
+def _open_bigrams(about: dict[str, Any], folder: str) -> None:
+    from tokenizers import Tokenizer
+
+    global _TOKENIZER
+    _TOKENIZER = Tokenizer.from_str(about["tokenizer"])
+    os.environ[WEIGHTS_VARIABLE] = f"{folder}/bigrams.json"
+
+
+def _bigrams_of(rows: np.ndarray) -> np.ndarray:
+    texts = _TOKENIZER.decode_batch([row[row >= 0].tolist() for row in rows], skip_special_tokens=True)
+    return np.array(bigrams([], texts))
+
+
+def draw(llama: Llama, score: Rewards, prompts: Prompts, samples: int, length: int, end: int, at_once: int) -> Any:
+    """Responses [G, samples, length], int16, and their rewards [G, samples], float64."""
+    responses, rewards = [], []
+    count = max(1, min(samples, at_once // len(prompts.last)))
+    small = max(1, count // 8)
+    for start in range(0, samples, count):
+        drawn = sample(llama, prompts.tokens, prompts.lengths, prompts.last, min(count, samples - start), length, end)
+        responses.append(drawn)
+        rewards += [score(prompts, part).double() for part in drawn.split(small if drawn.is_cuda else count, dim=1)]
+    return torch.cat(responses, dim=1), torch.cat(rewards, dim=1)
+
+
+def targets_of(rewards: Tensor, cdfs: Tensor) -> Tensor:
+    """log of each policy's mean density over a reward's ranks among its prompt's [P, G, M]; cdfs [P, M + 1] at j/M."""
+    ordered = rewards.sort(dim=1).values
+    low, high = (torch.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
+    return torch.stack(
+        [((cdf[high] - cdf[low]) * rewards.shape[1] / (high - low)).log().float() for cdf in cdfs]
+    )
+
+
+class Stack:
+    """LoRA adapters of P policies in one tensor [P, all], with AdamW's moments."""
+
+    def __init__(self, llama: Llama, ranks: list[int], device: torch.device) -> None:
+        policies, rank, shapes = len(ranks), max(ranks), []
+        for block in llama.blocks:
+            for name in LINEAR:
+                out, into = block[name].shape
+                shapes += [(rank, into), (out, rank)]
+        sizes = [math.prod(shape) for shape in shapes]
+        self.flat = torch.zeros(policies, sum(sizes), device=device)
+        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        parts = self.flat.split(sizes, dim=1)
+        self.leaves = [part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes)]
+        for a in self.leaves[::2]:  # as peft begins; B is 0, and what both have beyond a policy's rank remains so
+            for own, ends in zip(a.detach(), ranks, strict=True):
+                own[:ends] = torch.empty_like(own[:ends]).uniform_(-1, 1) / math.sqrt(own.shape[1])
+        self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
+        pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+        self.adapters: Adapters = [
+            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True)) for start in range(0, len(pairs), len(LINEAR))
+        ]
+
+    def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
+        """One step of Adam; gradients are clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
+        parts = torch.autograd.grad(loss, self.leaves)
+        gradient = torch.cat([part.flatten(1) for part in parts], dim=1)
+        gradient /= gradient.norm(dim=1, keepdim=True).clamp(min=1)
+        with torch.no_grad():
+            self.m.lerp_(gradient, 0.1)
+            self.v.lerp_(gradient.square(), 0.001)
+            self.flat -= pace * self.m / ((self.v / correction).sqrt() + 1e-8)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Groups of responses of like length: [N, 1 + TOGETHER] (a prompt, places of its responses), so many in a step."""
+
+    groups: Tensor
+    width: int
+    in_step: int
+    share: float
+
+    def endless(self) -> Iterator[Tensor]:
+        """The groups of each step, in another order each time round."""
+        while True:
+            for chosen in torch.randperm(len(self.groups), device=self.groups.device).split(self.in_step):
+                if len(chosen) == self.in_step:
+                    yield self.groups[chosen]
+
+
+def blocks_of(responses: Tensor, widths: tuple[int, ...]) -> list[Block]:
+    """All responses in groups of a prompt and a width, but for fewer than TOGETHER of each."""
+    lengths = (responses >= 0).sum(-1)
+    found, shorter = [], 0
+    for width in widths:
+        inside = (lengths > shorter) & (lengths <= width)
+        order = inside.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        whole = inside.sum(1) // TOGETHER
+        groups = torch.cat(
+            [
+                torch.cat([torch.full((int(count), 1), row, device=order.device), own[: count * TOGETHER].view(-1, TOGETHER)], 1)
+                for row, (own, count) in enumerate(zip(order, whole.tolist(), strict=True))
+            ]
+        )
+        share = float(inside.double().mean())
+        found.append(Block(groups, width, max(1, round(GROUPS * share)), share))
+        shorter = width
+    return found
+
+
+def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
+    """Sample, reward, train for the time given, measure on held-out prompts, store adapters and figures."""
+    start = time.perf_counter()
+    folder = TemporaryDirectory()
+    if "bigrams" in inputs["reward"]:
+        Path(folder.name, "bigrams.json").write_text(json.dumps(inputs["reward"]["bigrams"]))
+    fork = multiprocessing.get_context("fork")  # before there is CUDA
+    workers = ProcessPoolExecutor(os.cpu_count(), fork, _open_bigrams, (inputs["reward"], folder.name))
+    if "bigrams" in inputs["reward"]:
+        list(workers.map(_bigrams_of, [np.zeros((1, 1), np.int16)] * 64))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.compiler.set_stance("force_eager")  # but for the step, whose shapes are always the same
+    torch.manual_seed(args.seed)
+
+    def say(text: str, **figures: Any) -> None:
+        print(f"{time.perf_counter() - start:7.1f} s  {text}", *(f"{k} {v}" for k, v in figures.items()), flush=True)
+
+    base = inputs["base"]
+    llama = Llama.of(base["config"], base["weights"], torch.bfloat16, device)
+    exact = Llama.of(base["config"], base["weights"], torch.float32, device)
+    if "bigrams" in inputs["reward"]:
+        score = bigram_rewards(inputs["reward"], workers)
+    else:
+        score = reward_model(inputs["reward"], inputs["end"], device)
+    training, unseen = (Prompts.of(inputs["prompts"][split], device) for split in ("train", "holdout"))
+    length, end, cdfs = max(inputs["widths"]), inputs["end"], inputs["cdfs"].to(device)
+    samples, count = cdfs.shape[1] - 1, len(inputs["policies"])
+    responses, rewards = draw(exact, score, training, samples, length, end, args.at_once)
+    say("sampled and rewarded", responses=responses.shape[0] * responses.shape[1])
+    targets = targets_of(rewards, cdfs)
+    held_out, held_out_rewards = draw(exact, score, unseen, min(samples, HELD_OUT), length, end, args.at_once)
+    held_out_targets = targets_of(held_out_rewards, cdfs[:, :: samples // held_out.shape[1]])[:, :, :64]
+    held_out = held_out[:, :64]
+    blocks = blocks_of(responses, inputs["widths"])
+    say("grouped", blocks=[(len(block.groups), block.width, block.in_step, round(block.share, 3)) for block in blocks])
+
+    stack = Stack(llama, inputs["ranks"], device)
+    rates = torch.tensor(inputs["rates"], device=device)[:, None]
+    pace, correction = torch.zeros_like(rates), torch.ones((), device=device)
+    chosen = [block.groups[: block.in_step].clone() for block in blocks]
+    errors = torch.zeros(2, count, device=device)  # squared ones of Δ, and of 0
+
+    def log_ratios(prompts: Prompts, rows: Tensor, wanted: Tensor) -> Tensor:
+        batch = prompts.batch(rows, wanted)
+        with torch.no_grad():
+            reference = log_probs(llama, batch, wanted, None)
+        return log_probs(llama, batch, wanted, stack.adapters) - reference
+
+    def one_step() -> None:
+        losses = []
+        for block, own in zip(blocks, chosen, strict=True):
+            rows, picked = own[:, 0], own[:, 1:]
+            wanted = responses[rows[:, None], picked, : block.width].long()
+            target = targets[:, rows[:, None], picked]
+            loss = (log_ratios(training, rows, wanted) - target).square().mean((1, 2))
+            losses.append(block.share * loss)
+            errors.add_(block.share * torch.stack([loss.detach(), target.square().mean((1, 2))]))
+        stack.step(torch.stack(losses).sum(), pace, correction)
+
+    def explained() -> list[float]:
+        squares = torch.zeros(2, count, device=device)
+        with torch.no_grad():
+            for rows in torch.arange(len(held_out), device=device).split(16):
+                target = held_out_targets[:, rows]
+                delta = log_ratios(unseen, rows, held_out[rows].long())
+                squares += torch.stack([(delta - target).square().sum((1, 2)), target.square().sum((1, 2))])
+        return [round(value, 4) for value in (1 - squares[0] / squares[1]).tolist()]
+
+    replay = captured(one_step, stack) if device.type == "cuda" else one_step
+    say("captured")
+    endless = [block.endless() for block in blocks]
+    began, step, history, shown = time.perf_counter(), 0, [], 0.0
+    while (spent := (time.perf_counter() - began) / args.seconds) < 1:
+        step += 1
+        for own, steps in zip(chosen, endless, strict=True):
+            own.copy_(next(steps))
+        rate = args.learning_rate * min(step / 200, 0.5 + 0.5 * math.cos(math.pi * spent))
+        pace.copy_(rates * (rate / (1 - 0.9**step)))
+        correction.fill_(1 - 0.999**step)
+        replay()
+        if step % 10 == 0 and device.type == "cuda":
+            torch.cuda.synchronize()
+        if spent >= shown:
+            on_training = (1 - errors[0] / errors[1]).tolist()
+            errors.zero_()
+            history.append({"step": step, "training": [round(one, 4) for one in on_training], "held_out": explained()})
+            say(f"step {step}", **history[-1])
+            shown += 1 / 8
+    if os.environ.get("PROFILE") and device.type == "cuda":  # XXX
+        from torch.profiler import ProfilerActivity, profile
+        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+            for _ in range(10):
+                replay()
+            torch.cuda.synchronize()
+        print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=90))
+        print("GB", torch.cuda.max_memory_allocated() / 1e9)
+    seen = sum(block.in_step for block in blocks) * TOGETHER * step
+    final = {"steps": step, "seen": seen, "responses": responses.shape[0] * samples, "held_out": explained()}
+    say("trained", **final)
+    weights = {
+        name: {
+            f"{layer}.{part}": one[number].detach().cpu().clone()  # up to the highest rank
+            for layer, pair in zip(stack.names, zip(stack.leaves[::2], stack.leaves[1::2]), strict=True)
+            for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+        for number, name in enumerate(inputs["policies"])
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, count, IN_FILE):
+        torch.save(dict(list(weights.items())[start : start + IN_FILE]), out / f"{args.prefix}adapters{start}.pt")
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = {"device": device_name, "seconds": args.seconds, "policies": inputs["policies"], **final, "history": history}
+    (out / f"{args.prefix}log.json").write_text(json.dumps(about))
+    workers.shutdown()
+
+
+def captured(one_step: Callable[[], None], stack: Stack) -> Callable[[], None]:
+    """The step as a CUDA graph; trying it out leaves no trace (pace is 0, moments are emptied)."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.compiler.set_stance("default"):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                one_step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            one_step()
+    stack.m.zero_()
+    stack.v.zero_()
+    return graph.replay
+
+
+# --- After: where quality.py looks for them -------------------------------------------------------------------------
+
+
+def install(folder: Path, prefix: str, args: argparse.Namespace) -> None:
+    """Store the adapters as if `iapo train` had made them, for quality.py to scale and measure."""
+    from benchmarks import quality
+    from iapo.models import load_base
+    from iapo.pipeline import manifest_of, share_samples
+    from iapo.train import add_adapter
+
+    about = json.loads((folder / f"{prefix}log.json").read_text())
+    found = {name: own for path in folder.glob(f"{prefix}adapters*.pt") for name, own in torch.load(path).items()}
+    for number, (transform, procedure, kl) in enumerate(policies(args)):
+        run = args.out / quality.file_name(f"iapo-{transform}-{procedure}-{kl:g}")
+        share_samples(args.out / "samples", run)
+        config = quality.configuration(args, run, transform, procedure, kl)
+        policy = add_adapter(load_base(config.model), config.train)
+        weights = {f"base_model.model.model.{name}.default.weight": value for name, value in found[str((transform, procedure, kl))].items()}
+        _, unexpected = policy.load_state_dict(weights, strict=False)
+        assert not unexpected, unexpected
+        assert sum("lora_" in name for name in policy.state_dict()) == len(weights)
+        policy.save_pretrained(run / "adapter")
+        manifest = manifest_of("train", config)
+        manifest.start()
+        manifest.finish([run / "adapter"], responses=about["seen"], explained_variance=about["held_out"][number])
+        print(run.name, about["held_out"][number])
+
+
+def main() -> None:
+    """One of the three steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "train", "install"))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", help="train: a folder; prepare, install: the setting")
+    parser.add_argument("--samples", type=int, default=8192, help="prepare: of each prompt")
+    parser.add_argument("--seconds", type=float, default=240, help="train: for so long")
+    parser.add_argument("--learning-rate", type=float, default=8.5e-4)
+    parser.add_argument("--at-once", type=int, default=65536, help="train: responses that are sampled together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefix", default="", help="train, install: of the files in the folder")
+    given, rest = parser.parse_known_args()
+    if given.what == "train":
+        train(torch.load(given.path), given.out, given)
+        return
+    from benchmarks import quality
+
+    args = quality.parse([*([given.out.name] if given.out else []), *rest])
+    args.seed = given.seed
+    args.out = args.out.with_name(f"{args.setting}-{args.seed}")
+    os.chdir(ROOT)
+    if given.what == "prepare":
+        prepare(given.path, args, given.samples)
+    else:
+        install(given.path, given.prefix, args)
+
+
+if __name__ == "__main__":
+    main()

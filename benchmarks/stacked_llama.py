@@ -1,0 +1,208 @@
+"""A small Llama in plain torch with many LoRA adapters side by side, for benchmarks/many_responses.py.
+
+P policies are one base with P adapters: every activation has a first dimension of P, so that small models fill a GPU.
+Responses to a prompt share it: G prompts of n responses each, padded at the end to fixed widths, which CUDA graphs need.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""The linear layers of a block, as transformers names them; each has an adapter, as `iapo train` has it."""
+
+Adapters = list[dict[str, tuple[Tensor, Tensor]]]
+"""Of each block A [P, rank, in] and B [P, out, rank] by name."""
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Frozen weights; `dtype` is what products are computed in, what is added up stays in float32."""
+
+    embedding: Tensor
+    blocks: list[dict[str, Tensor]]
+    norm: Tensor
+    heads: int
+    eps: float
+    theta: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> "Llama":
+        """From a transformers config and state dict, of as many key as query heads and a tied output matrix."""
+        assert config["num_key_value_heads"] == config["num_attention_heads"]
+        weights = {name.removeprefix("model."): value.to(device) for name, value in weights.items()}
+        blocks: list[dict[str, Tensor]] = []
+        for layer in range(config["num_hidden_layers"]):
+            own = {name: weights[f"layers.{layer}.{name}.weight"].to(dtype) for name in LINEAR}
+            norms = ("input_layernorm", "post_attention_layernorm")
+            blocks.append(own | {name: weights[f"layers.{layer}.{name}.weight"].float() for name in norms})
+        rope = config["rope_parameters"]["rope_theta"]
+        heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
+        return cls(weights["embed_tokens.weight"].float(), blocks, weights["norm.weight"].float(), heads, eps, rope, dtype)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts without their last token [G, T] with their lengths [G], and n rows of R tokens each [G, n, R], which
+    begin with that last token."""
+
+    prompts: Tensor
+    lengths: Tensor
+    rows: Tensor
+
+
+def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tensor:
+    """Last hidden states of the rows' tokens [P, G, n, R, d], float32; P is 1 without adapters."""
+    groups, width = batch.prompts.shape
+    _, count, length = batch.rows.shape
+    device = batch.rows.device
+    policies = 1 if adapters is None else adapters[0][LINEAR[0]][0].shape[0]
+    split = groups * width
+    places = batch.lengths[:, None, None] + torch.arange(length, device=device).expand(groups, count, length)
+    positions = torch.cat([torch.arange(width, device=device).repeat(groups), places.flatten()])
+    rotation = _rotation(llama, positions)
+    unseen = torch.arange(width, device=device) >= batch.lengths.repeat(policies)[:, None, None, None, None]
+    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    tokens = torch.cat([batch.prompts.flatten(), batch.rows.flatten()])
+    x = llama.embedding[tokens].expand(policies, -1, -1)
+    for number, block in enumerate(llama.blocks):
+        own = None if adapters is None else adapters[number]
+        h = _norm(x, block["input_layernorm"], llama)
+        q, k, v = (_linear(h, name, block, own).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
+        q, k = _fused_rotate(q, rotation), _fused_rotate(k, rotation)
+        of_prompts = [
+            part[:, :split].reshape(policies * groups, width, llama.heads, -1).transpose(1, 2) for part in (q, k, v)
+        ]
+        seen = F.scaled_dot_product_attention(*of_prompts, is_causal=True).transpose(1, 2)
+        q, k, v = (
+            part[:, split:].reshape(policies * groups, count, length, llama.heads, -1).permute(0, 3, 1, 2, 4)
+            for part in (q, k, v)
+        )
+        _, prompt_keys, prompt_values = of_prompts
+        to_prompt = (q.flatten(2, 3) @ prompt_keys.mT).unflatten(2, (count, length))
+        shares = _fused_shares(to_prompt, q @ k.mT, unseen, later, math.sqrt(q.shape[-1]))
+        mixed = (shares[..., :width].flatten(2, 3) @ prompt_values).unflatten(2, (count, length))
+        mixed = mixed + shares[..., width:] @ v
+        attended = torch.cat(
+            [seen.reshape(policies, split, -1), mixed.permute(0, 2, 3, 1, 4).reshape(policies, groups * count * length, -1)],
+            dim=1,
+        )
+        x = x + _linear(attended, LINEAR[3], block, own)
+        h = _norm(x, block["post_attention_layernorm"], llama)
+        gate, up = (_linear(h, name, block, own) for name in LINEAR[4:6])
+        x = x + _linear(_fused_gate(gate, up), LINEAR[6], block, own)
+    x = F.rms_norm(x[:, split:], (x.shape[-1],), llama.norm, llama.eps)
+    return x.unflatten(1, (groups, count, length))
+
+
+def log_probs(llama: Llama, batch: Batch, wanted: Tensor, adapters: Adapters | None) -> Tensor:
+    """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: the tokens that follow the rows', below 0 for none."""
+    logits = hidden_states(llama, batch, adapters) @ llama.embedding.T
+    targets = wanted.expand(logits.shape[0], -1, -1, -1)
+    return -F.cross_entropy(logits.movedim(-1, 1), targets, ignore_index=-1, reduction="none").sum(-1)
+
+
+@torch.inference_mode()
+def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: int, length: int, end: int) -> Tensor:
+    """Draw `count` responses of at most `length` tokens to each prompt [G, T] at temperature 1: [G, count, length].
+
+    Prompts are without their last token, which is in last [G]. After a response's end token there are −1.
+    """
+    groups, width = prompts.shape
+    rows, device = groups * count, prompts.device
+    unseen = torch.arange(width, device=device) >= lengths[:, None, None, None]
+    rotation = _rotation(llama, torch.arange(width, device=device).repeat(groups))
+    x = llama.embedding[prompts.flatten()]
+    kept = []
+    for block in llama.blocks:
+        h = _norm(x, block["input_layernorm"], llama)
+        q, k, v = (_linear(h, name, block, None).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
+        q, k, v = (
+            part.view(groups, width, llama.heads, -1).transpose(1, 2)
+            for part in (_rotate(q, rotation), _rotate(k, rotation), v)
+        )
+        cache = [torch.empty(rows, llama.heads, length, q.shape[-1], dtype=llama.dtype, device=device) for _ in range(2)]
+        kept.append((k, v, *cache))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+        x = _feed_forward(x + _linear(attended, LINEAR[3], block, None), block, llama)
+    token = last.repeat_interleave(count)
+    running = torch.ones_like(token, dtype=torch.bool)
+    drawn = torch.full((rows, length), -1, dtype=torch.int16, device=device)
+    for step in range(length):
+        rotation = _rotation(llama, (lengths + step).repeat_interleave(count))
+        x = llama.embedding[token]
+        for block, (prompt_keys, prompt_values, keys, values) in zip(llama.blocks, kept, strict=True):
+            h = _norm(x, block["input_layernorm"], llama)
+            q, k, v = (_linear(h, name, block, None).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
+            q, keys[:, :, step], values[:, :, step] = _rotate(q, rotation), _rotate(k, rotation), v
+            grouped = q.view(groups, count, llama.heads, -1).transpose(1, 2)
+            to_prompt = (grouped @ prompt_keys.mT).masked_fill(unseen, -math.inf).transpose(1, 2)
+            to_own = (q[:, :, None] @ keys[:, :, : step + 1].mT)[:, :, 0]
+            scores = torch.cat([to_prompt.reshape(rows, llama.heads, width), to_own], dim=-1)
+            shares = (scores.float() / math.sqrt(q.shape[-1])).softmax(-1).to(llama.dtype)
+            of_prompt = shares[..., :width].view(groups, count, llama.heads, width).transpose(1, 2) @ prompt_values
+            mixed = of_prompt.transpose(1, 2).reshape(rows, llama.heads, -1)
+            mixed = mixed + (shares[..., None, width:] @ values[:, :, : step + 1])[:, :, 0]
+            x = _feed_forward(x + _linear(mixed.flatten(1), LINEAR[3], block, None), block, llama)
+        logits = F.rms_norm(x, (x.shape[-1],), llama.norm, llama.eps) @ llama.embedding.T
+        token = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # the multinomial, in one go
+        drawn[:, step] = torch.where(running, token, -1)
+        running &= token != end
+    return drawn.view(groups, count, length)
+
+
+def _feed_forward(x: Tensor, block: dict[str, Tensor], llama: Llama) -> Tensor:
+    h = _norm(x, block["post_attention_layernorm"], llama)
+    gate, up = (_linear(h, name, block, None) for name in LINEAR[4:6])
+    return x + _linear(F.silu(gate) * up, LINEAR[6], block, None)
+
+
+def _shares(to_prompt: Tensor, to_own: Tensor, unseen: Tensor, later: Tensor, scale: float) -> Tensor:
+    """Attention of the rows' tokens to the prompt's and their own, in the dtype of the scores."""
+    scores = torch.cat([to_prompt.masked_fill(unseen, -math.inf), to_own.masked_fill(later, -math.inf)], dim=-1)
+    return (scores.float() / scale).softmax(-1).to(scores.dtype)
+
+
+def _gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _norm(x: Tensor, weight: Tensor, llama: Llama) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, llama.eps).to(llama.dtype)
+
+
+def _linear(x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
+    found = x @ block[name].T
+    if adapters is None:
+        return found
+    a, b = (part.to(x.dtype) for part in adapters[name])
+    return torch.baddbmm(found, x @ a.mT, b.mT)
+
+
+def _rotation(llama: Llama, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each position [S, 1, size of a head]."""
+    size = llama.embedding.shape[1] // llama.heads
+    pace = llama.theta ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    angles = (positions[:, None] * pace).repeat(1, 2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of [..., S, heads, size]."""
+    cosine, sine = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
+
+
+def _fused(function: Any) -> Any:
+    """Compiled on a GPU: what is no matrix product is bound by memory, and its parts are many."""
+    return torch.compile(function, dynamic=False, disable=not torch.cuda.is_available())
+
+
+_fused_rotate, _fused_shares, _fused_gate = _fused(_rotate), _fused(_shares), _fused(_gate)
