@@ -1,13 +1,12 @@
 """How near its closed form a fit comes with millions of responses: sampled, rewarded and trained on by one GPU.
 
-    python benchmarks/many_responses.py prepare FILE SETTING [options of quality.py]     # anywhere
-    python benchmarks/many_responses.py train FILE ADAPTERS --seconds 240                # a GPU; torch is enough
-    python benchmarks/many_responses.py install ADAPTERS SETTING [the same options]      # where it was prepared
-    python benchmarks/quality.py SETTING [the same options]                              # scales and measures them
+    python benchmarks/many_responses.py prepare FILE SETTING --policies "optimal best_of(4) 0.5" ... [as quality.py]
+    python benchmarks/many_responses.py train FILE FOLDER --seconds 240                 # on a GPU; torch is enough
+    python benchmarks/many_responses.py measure FOLDER SETTING [as quality.py]          # where it was prepared
 
 `iapo train` waits for Python when a model has 2.5 M parameters; here the same loss (equation (3) by least squares), LoRA
-on the same layers and the same prompts run as CUDA graphs, all policies at once on the same responses, for as long as
---seconds says. AdamW, cosine, gradients clipped at 1, steps of 256 responses, bfloat16 products. Rewards are those of
+on the same layers and the same prompts run as CUDA graphs, all policies at once on the same responses, until
+--seconds are over. AdamW, cosine, gradients clipped at 1, steps of 256 responses, bfloat16 products. Rewards are those of
 token ids as sampled. What is stored in FILE: models, prompts, and of each policy the CDF of its calibrated reward.
 """
 
@@ -48,7 +47,7 @@ WIDTHS = {"bundled": (32, 64), "hh": (16,), "gsm8k": (32,)}
 # --- Before: what the GPU needs -------------------------------------------------------------------------------------
 
 
-def prepare(path: Path, args: argparse.Namespace, samples: int) -> None:
+def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: int) -> None:
     """Run the stages before training, if they are not done, and store models, prompts and CDFs."""
     from benchmarks import quality
     from iapo.closed_form import solve
@@ -66,7 +65,7 @@ def prepare(path: Path, args: argparse.Namespace, samples: int) -> None:
         if row["prompt_id"] in sampled:
             prompts[row["split"]].append(prompt_token_ids(tokenizer, row["prompt"]))
     edges = np.linspace(0, 1, samples + 1)
-    forms = [solve(procedure, None, transform, target_kl=kl) for transform, procedure, kl in policies(args)]
+    forms = [solve(procedure, None, transform, target_kl=kl) for transform, procedure, kl in map(policy_of, policies)]
     if config.reward.model:
         reward: dict[str, Any] = stored(load_reward(config.reward)[0])
     else:
@@ -80,23 +79,17 @@ def prepare(path: Path, args: argparse.Namespace, samples: int) -> None:
         "widths": WIDTHS[args.setting],
         "ranks": [config.train.lora_rank] * len(forms),
         "rates": [1.0] * len(forms),
-        "policies": [str(one) for one in policies(args)],
+        "policies": policies,
         "cdfs": torch.tensor(np.stack([form.cdf(edges) for form in forms])),
     }
     torch.save(inputs, path)
     print({name: len(part) for name, part in prompts.items()}, inputs["policies"], path.stat().st_size)
 
 
-def policies(args: argparse.Namespace) -> list[tuple[str, str, float]]:
-    """Transform, procedure and KL of each policy of a run of quality.py, in its order."""
-    from benchmarks.quality import OPTIMAL
-
-    return [
-        (transform, procedure, kl)
-        for transform in args.transforms
-        for procedure in (args.procedures if transform == OPTIMAL else args.procedures[:1])
-        for kl in args.kls
-    ]
+def policy_of(text: str) -> tuple[str, str, float]:
+    """Transform, procedure and KL."""
+    transform, procedure, kl = text.split()
+    return transform, procedure, float(kl)
 
 
 def stored(model: Any) -> dict[str, Any]:
@@ -145,6 +138,7 @@ def reward_model(about: dict[str, Any], end: int, device: torch.device) -> Rewar
         ended.scatter_(-1, length, torch.where(is_cut, end, -1))
         at = length - 1 + is_cut.long()  # of the end token among the response's
         found = hidden_states(llama, prompts.batch(torch.arange(len(ended), device=device), ended), None)[0]
+        found = torch.nn.functional.rms_norm(found, found.shape[-1:], llama.norm, llama.eps)
         return (found @ head).gather(-1, at + 1)[..., 0]  # rows begin one token earlier
 
     return score
@@ -339,7 +333,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     say("captured")
     endless = [block.endless() for block in blocks]
     began, step, history, shown = time.perf_counter(), 0, [], 0.0
-    while (spent := (time.perf_counter() - began) / args.seconds) < 1:
+    while (spent := (time.perf_counter() - began) / (start + args.seconds - began)) < 1:
         step += 1
         for own, steps in zip(chosen, endless, strict=True):
             own.copy_(next(steps))
@@ -399,46 +393,57 @@ def captured(one_step: Callable[[], None], stack: Stack) -> Callable[[], None]:
     return graph.replay
 
 
-# --- After: where quality.py looks for them -------------------------------------------------------------------------
+# --- After: as quality.py does --------------------------------------------------------------------------------------
 
 
-def install(folder: Path, prefix: str, args: argparse.Namespace) -> None:
-    """Store the adapters as if `iapo train` had made them, for quality.py to scale and measure."""
+def measure(folder: Path, prefix: str, args: argparse.Namespace) -> None:
+    """Scale the adapters, measure them on held-out prompts, print the table and the JSON line of quality.py."""
     from benchmarks import quality
+    from iapo import kl_budget
     from iapo.models import load_base
     from iapo.pipeline import manifest_of, share_samples
     from iapo.train import add_adapter
 
     about = json.loads((folder / f"{prefix}log.json").read_text())
     found = {name: own for path in folder.glob(f"{prefix}adapters*.pt") for name, own in torch.load(path).items()}
-    for number, (transform, procedure, kl) in enumerate(policies(args)):
+    trained = []
+    for name, explained in zip(about["policies"], about["held_out"], strict=True):
+        transform, procedure, kl = policy_of(name)
         run = args.out / quality.file_name(f"iapo-{transform}-{procedure}-{kl:g}")
-        share_samples(args.out / "samples", run)
         config = quality.configuration(args, run, transform, procedure, kl)
-        policy = add_adapter(load_base(config.model), config.train)
-        weights = {f"base_model.model.model.{name}.default.weight": value for name, value in found[str((transform, procedure, kl))].items()}
-        _, unexpected = policy.load_state_dict(weights, strict=False)
-        assert not unexpected, unexpected
-        assert sum("lora_" in name for name in policy.state_dict()) == len(weights)
-        policy.save_pretrained(run / "adapter")
-        manifest = manifest_of("train", config)
-        manifest.start()
-        manifest.finish([run / "adapter"], responses=about["seen"], explained_variance=about["held_out"][number])
-        print(run.name, about["held_out"][number])
+        if not (run / "manifests" / "train.json").exists():
+            share_samples(args.out / "samples", run)
+            policy = add_adapter(load_base(config.model), config.train)
+            weights = {f"base_model.model.model.{part}.default.weight": value for part, value in found[name].items()}
+            _, unexpected = policy.load_state_dict(weights, strict=False)
+            assert not unexpected and len(weights) == sum("lora_" in part for part in policy.state_dict())
+            policy.save_pretrained(run / "adapter")
+            manifest = manifest_of("train", config)  # as if `iapo train` had made it
+            manifest.start()
+            manifest.finish([run / "adapter"], responses=about["seen"], explained_variance=explained)
+        target = procedure if transform == quality.OPTIMAL else ""
+        asked = quality.Trained(transform, f"trained for {kl:g}", target, kl)
+        trained.append(quality.scaled(config, run / "adapter", asked, kl_budget.sampled_kls))
+        print(name, trained[-1].factor, trained[-1].kl_before, flush=True)
+    measured = list(quality.measure(args, args.out / "samples", trained))
+    quality.print_table(quality.best_of_each(measured), args.seed)
+    figures = [vars(one) | {"prompt_win_rates": None, "kl_efficiency": one.kl_efficiency} for one in measured]
+    print(json.dumps({"benchmark": "many_responses", "setting": args.setting, "trained": about, "measured": figures}))
 
 
 def main() -> None:
     """One of the three steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "train", "install"))
+    parser.add_argument("what", choices=("prepare", "train", "measure"))
     parser.add_argument("path", type=Path)
-    parser.add_argument("out", type=Path, nargs="?", help="train: a folder; prepare, install: the setting")
+    parser.add_argument("out", type=Path, nargs="?", help="train: a folder; prepare, measure: the setting")
+    parser.add_argument("--policies", nargs="+", help="prepare: transform, procedure and KL of each")
     parser.add_argument("--samples", type=int, default=8192, help="prepare: of each prompt")
-    parser.add_argument("--seconds", type=float, default=240, help="train: for so long")
+    parser.add_argument("--seconds", type=float, default=240, help="train: for so long, sampling included")
     parser.add_argument("--learning-rate", type=float, default=8.5e-4)
     parser.add_argument("--at-once", type=int, default=65536, help="train: responses that are sampled together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prefix", default="", help="train, install: of the files in the folder")
+    parser.add_argument("--prefix", default="", help="train, measure: of the files in the folder")
     given, rest = parser.parse_known_args()
     if given.what == "train":
         train(torch.load(given.path), given.out, given)
@@ -450,9 +455,9 @@ def main() -> None:
     args.out = args.out.with_name(f"{args.setting}-{args.seed}")
     os.chdir(ROOT)
     if given.what == "prepare":
-        prepare(given.path, args, given.samples)
+        prepare(given.path, args, given.policies, given.samples)
     else:
-        install(given.path, given.prefix, args)
+        measure(given.path, given.prefix, args)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Batch:
 
 
 def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tensor:
-    """Last hidden states of the rows' tokens [P, G, n, R, d], float32; P is 1 without adapters."""
+    """States of the rows' tokens after the last layer [P, G, n, R, d], float32, before the norm; P is 1 without adapters."""
     groups, width = batch.prompts.shape
     _, count, length = batch.rows.shape
     device = batch.rows.device
@@ -70,42 +70,62 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
     unseen = torch.arange(width, device=device) >= batch.lengths.repeat(policies)[:, None, None, None, None]
     later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
     tokens = torch.cat([batch.prompts.flatten(), batch.rows.flatten()])
-    x = llama.embedding[tokens].expand(policies, -1, -1)
+    x = llama.embedding[tokens].expand(policies, -1, -1).contiguous()
+    if adapters is not None:
+        x.requires_grad_()  # as those of further layers do, which are then compiled together with the first
     for number, block in enumerate(llama.blocks):
         own = None if adapters is None else adapters[number]
-        h = _norm(x, block["input_layernorm"], llama)
-        q, k, v = (_linear(h, name, block, own).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
-        q, k = _fused_rotate(q, rotation), _fused_rotate(k, rotation)
-        of_prompts = [
-            part[:, :split].reshape(policies * groups, width, llama.heads, -1).transpose(1, 2) for part in (q, k, v)
-        ]
-        seen = F.scaled_dot_product_attention(*of_prompts, is_causal=True).transpose(1, 2)
-        q, k, v = (
-            part[:, split:].reshape(policies * groups, count, length, llama.heads, -1).permute(0, 3, 1, 2, 4)
-            for part in (q, k, v)
-        )
-        _, prompt_keys, prompt_values = of_prompts
-        to_prompt = (q.flatten(2, 3) @ prompt_keys.mT).unflatten(2, (count, length))
-        shares = _fused_shares(to_prompt, q @ k.mT, unseen, later, math.sqrt(q.shape[-1]))
-        mixed = (shares[..., :width].flatten(2, 3) @ prompt_values).unflatten(2, (count, length))
-        mixed = mixed + shares[..., width:] @ v
-        attended = torch.cat(
-            [seen.reshape(policies, split, -1), mixed.permute(0, 2, 3, 1, 4).reshape(policies, groups * count * length, -1)],
-            dim=1,
-        )
-        x = x + _linear(attended, LINEAR[3], block, own)
-        h = _norm(x, block["post_attention_layernorm"], llama)
-        gate, up = (_linear(h, name, block, own) for name in LINEAR[4:6])
-        x = x + _linear(_fused_gate(gate, up), LINEAR[6], block, own)
-    x = F.rms_norm(x[:, split:], (x.shape[-1],), llama.norm, llama.eps)
-    return x.unflatten(1, (groups, count, length))
+        x = _fused_block(x, block, own, rotation, unseen, later, llama.heads, llama.eps)
+    return x[:, split:].unflatten(1, (groups, count, length))
 
 
 def log_probs(llama: Llama, batch: Batch, wanted: Tensor, adapters: Adapters | None) -> Tensor:
     """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: the tokens that follow the rows', below 0 for none."""
-    logits = hidden_states(llama, batch, adapters) @ llama.embedding.T
-    targets = wanted.expand(logits.shape[0], -1, -1, -1)
-    return -F.cross_entropy(logits.movedim(-1, 1), targets, ignore_index=-1, reduction="none").sum(-1)
+    hidden = hidden_states(llama, batch, adapters)
+    targets = wanted.expand(len(hidden), -1, -1, -1)
+    return -_fused_losses(hidden, llama.norm, llama.embedding, targets, llama.eps).sum(-1)
+
+
+def _losses(hidden: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, eps: float) -> Tensor:
+    """Negative log-likelihood of each token, 0 where there is none."""
+    logits = F.rms_norm(hidden.flatten(0, -2), (hidden.shape[-1],), norm, eps) @ embedding.T
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view(targets.shape)
+
+
+def _block(
+    x: Tensor,
+    block: dict[str, Tensor],
+    own: dict[str, tuple[Tensor, Tensor]] | None,
+    rotation: tuple[Tensor, Tensor],
+    unseen: Tensor,
+    later: Tensor,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    """One layer of x [P, S, d]: tokens of prompts, then of rows. unseen [P·G, 1, 1, 1, T], later [R, R]: who is hidden."""
+    policies, width, length = len(x), unseen.shape[-1], len(later)
+    groups = len(unseen) // policies
+    split = groups * width
+    count = (x.shape[1] - split) // (groups * length)
+    h = _norm(x, block["input_layernorm"], block, eps)
+    q, k, v = (_linear(h, name, block, own).unflatten(-1, (heads, -1)) for name in LINEAR[:3])
+    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    of_prompts = [part[:, :split].reshape(policies * groups, width, heads, -1).transpose(1, 2) for part in (q, k, v)]
+    seen = F.scaled_dot_product_attention(*of_prompts, is_causal=True).transpose(1, 2)
+    q, k, v = (
+        part[:, split:].reshape(policies * groups, count, length, heads, -1).permute(0, 3, 1, 2, 4)
+        for part in (q, k, v)
+    )
+    _, prompt_keys, prompt_values = of_prompts
+    to_prompt = (q.flatten(2, 3) @ prompt_keys.mT).unflatten(2, (count, length)).masked_fill(unseen, -math.inf)
+    to_own = (q @ k.mT).masked_fill(later, -math.inf)
+    scores = torch.cat([to_prompt, to_own], dim=-1).float() / math.sqrt(q.shape[-1])
+    shares = scores.softmax(-1).to(h.dtype)
+    mixed = (shares[..., :width].flatten(2, 3) @ prompt_values).unflatten(2, (count, length))
+    mixed = (mixed + shares[..., width:] @ v).permute(0, 2, 3, 1, 4)
+    attended = [seen.reshape(policies, split, -1), mixed.reshape(policies, groups * count * length, -1)]
+    x = x + _linear(torch.cat(attended, dim=1), LINEAR[3], block, own)
+    return _feed_forward(x, block, own, eps)
 
 
 @torch.inference_mode()
@@ -121,7 +141,7 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
     x = llama.embedding[prompts.flatten()]
     kept = []
     for block in llama.blocks:
-        h = _norm(x, block["input_layernorm"], llama)
+        h = _norm(x, block["input_layernorm"], block, llama.eps)
         q, k, v = (_linear(h, name, block, None).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
         q, k, v = (
             part.view(groups, width, llama.heads, -1).transpose(1, 2)
@@ -130,7 +150,7 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
         cache = [torch.empty(rows, llama.heads, length, q.shape[-1], dtype=llama.dtype, device=device) for _ in range(2)]
         kept.append((k, v, *cache))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
-        x = _feed_forward(x + _linear(attended, LINEAR[3], block, None), block, llama)
+        x = _feed_forward(x + _linear(attended, LINEAR[3], block, None), block, None, llama.eps)
     token = last.repeat_interleave(count)
     running = torch.ones_like(token, dtype=torch.bool)
     drawn = torch.full((rows, length), -1, dtype=torch.int16, device=device)
@@ -138,7 +158,7 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
         rotation = _rotation(llama, (lengths + step).repeat_interleave(count))
         x = llama.embedding[token]
         for block, (prompt_keys, prompt_values, keys, values) in zip(llama.blocks, kept, strict=True):
-            h = _norm(x, block["input_layernorm"], llama)
+            h = _norm(x, block["input_layernorm"], block, llama.eps)
             q, k, v = (_linear(h, name, block, None).unflatten(-1, (llama.heads, -1)) for name in LINEAR[:3])
             q, keys[:, :, step], values[:, :, step] = _rotate(q, rotation), _rotate(k, rotation), v
             grouped = q.view(groups, count, llama.heads, -1).transpose(1, 2)
@@ -149,7 +169,7 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
             of_prompt = shares[..., :width].view(groups, count, llama.heads, width).transpose(1, 2) @ prompt_values
             mixed = of_prompt.transpose(1, 2).reshape(rows, llama.heads, -1)
             mixed = mixed + (shares[..., None, width:] @ values[:, :, : step + 1])[:, :, 0]
-            x = _feed_forward(x + _linear(mixed.flatten(1), LINEAR[3], block, None), block, llama)
+            x = _feed_forward(x + _linear(mixed.flatten(1), LINEAR[3], block, None), block, None, llama.eps)
         logits = F.rms_norm(x, (x.shape[-1],), llama.norm, llama.eps) @ llama.embedding.T
         token = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # the multinomial, in one go
         drawn[:, step] = torch.where(running, token, -1)
@@ -157,24 +177,17 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
     return drawn.view(groups, count, length)
 
 
-def _feed_forward(x: Tensor, block: dict[str, Tensor], llama: Llama) -> Tensor:
-    h = _norm(x, block["post_attention_layernorm"], llama)
-    gate, up = (_linear(h, name, block, None) for name in LINEAR[4:6])
-    return x + _linear(F.silu(gate) * up, LINEAR[6], block, None)
+def _feed_forward(
+    x: Tensor, block: dict[str, Tensor], own: dict[str, tuple[Tensor, Tensor]] | None, eps: float
+) -> Tensor:
+    h = _norm(x, block["post_attention_layernorm"], block, eps)
+    gate, up = (_linear(h, name, block, own) for name in LINEAR[4:6])
+    return x + _linear(F.silu(gate) * up, LINEAR[6], block, own)
 
 
-def _shares(to_prompt: Tensor, to_own: Tensor, unseen: Tensor, later: Tensor, scale: float) -> Tensor:
-    """Attention of the rows' tokens to the prompt's and their own, in the dtype of the scores."""
-    scores = torch.cat([to_prompt.masked_fill(unseen, -math.inf), to_own.masked_fill(later, -math.inf)], dim=-1)
-    return (scores.float() / scale).softmax(-1).to(scores.dtype)
-
-
-def _gate(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _norm(x: Tensor, weight: Tensor, llama: Llama) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, llama.eps).to(llama.dtype)
+def _norm(x: Tensor, weight: Tensor, block: dict[str, Tensor], eps: float) -> Tensor:
+    """In the dtype of the layer's products."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(block[LINEAR[0]].dtype)
 
 
 def _linear(x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
@@ -205,4 +218,4 @@ def _fused(function: Any) -> Any:
     return torch.compile(function, dynamic=False, disable=not torch.cuda.is_available())
 
 
-_fused_rotate, _fused_shares, _fused_gate = _fused(_rotate), _fused(_shares), _fused(_gate)
+_fused_block, _fused_losses = _fused(_block), _fused(_losses)
