@@ -4,10 +4,10 @@
     python benchmarks/many_responses.py train FILE FOLDER --seconds 240                 # on a GPU; torch is enough
     python benchmarks/many_responses.py measure FOLDER SETTING [as quality.py]          # where it was prepared
 
-`iapo train` waits for Python when a model has 2.5 M parameters; here the same loss (equation (3) by least squares), LoRA
-on the same layers and the same prompts run as CUDA graphs, all policies at once on the same responses, until
---seconds are over. AdamW, cosine, gradients clipped at 1, steps of 256 responses, bfloat16 products. Rewards are those of
-token ids as sampled. What is stored in FILE: models, prompts, and of each policy the CDF of its calibrated reward.
+`iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (least squares to equation (3)) with
+LoRA on the same layers runs as a CUDA graph, all policies at once on the same responses, until --seconds are over: Adam
+with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward models score the tokens as
+sampled. FILE holds models, prompts and log F of each policy.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: 
         if row["prompt_id"] in sampled:
             prompts[row["split"]].append(prompt_token_ids(tokenizer, row["prompt"]))
     edges = np.linspace(0, 1, samples + 1)
+    ranks = (edges[:-1], edges[1:])
     forms = [solve(procedure, None, transform, target_kl=kl) for transform, procedure, kl in map(policy_of, policies)]
     if config.reward.model:
         reward: dict[str, Any] = stored(load_reward(config.reward)[0])
@@ -80,7 +81,7 @@ def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: 
         "ranks": [config.train.lora_rank] * len(forms),
         "rates": [1.0] * len(forms),
         "policies": policies,
-        "cdfs": torch.tensor(np.stack([form.cdf(edges) for form in forms])),
+        "log_cdfs": torch.stack([log_cdf(form.log_mean_density(*ranks)) for form in forms]),
     }
     torch.save(inputs, path)
     print({name: len(part) for name, part in prompts.items()}, inputs["policies"], path.stat().st_size)
@@ -90,6 +91,12 @@ def policy_of(text: str) -> tuple[str, str, float]:
     """Transform, procedure and KL."""
     transform, procedure, kl = text.split()
     return transform, procedure, float(kl)
+
+
+def log_cdf(log_means: Any) -> Tensor:
+    """log F at j/M [M + 1] from the log means of f over M equal ranks; deep in its tail F itself is 0."""
+    masses = torch.tensor(log_means) - math.log(len(log_means))
+    return torch.cat([torch.tensor([-math.inf], dtype=torch.float64), masses.logcumsumexp(0)])
 
 
 def stored(model: Any) -> dict[str, Any]:
@@ -180,12 +187,16 @@ def draw(llama: Llama, score: Rewards, prompts: Prompts, samples: int, length: i
     return torch.cat(responses, dim=1), torch.cat(rewards, dim=1)
 
 
-def targets_of(rewards: Tensor, cdfs: Tensor) -> Tensor:
-    """log of each policy's mean density over a reward's ranks among its prompt's [P, G, M]; cdfs [P, M + 1] at j/M."""
+def targets_of(rewards: Tensor, log_cdfs: Tensor) -> Tensor:
+    """log of each policy's mean density over the ranks of a reward among its prompt's [P, G, M], in nats.
+
+    log_cdfs [P, M + 1]: log F at j/M.
+    """
     ordered = rewards.sort(dim=1).values
     low, high = (torch.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
+    width = torch.log((high - low) / rewards.shape[1])
     return torch.stack(
-        [((cdf[high] - cdf[low]) * rewards.shape[1] / (high - low)).log().float() for cdf in cdfs]
+        [(log_f[high] + torch.log(-torch.expm1(log_f[low] - log_f[high])) - width).float() for log_f in log_cdfs]
     )
 
 
@@ -202,18 +213,21 @@ class Stack:
         self.flat = torch.zeros(policies, sum(sizes), device=device)
         self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         parts = self.flat.split(sizes, dim=1)
-        self.leaves = [part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes)]
+        self.leaves = [
+            part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
+        ]
         for a in self.leaves[::2]:  # as peft begins; B is 0, and what both have beyond a policy's rank remains so
             for own, ends in zip(a.detach(), ranks, strict=True):
                 own[:ends] = torch.empty_like(own[:ends]).uniform_(-1, 1) / math.sqrt(own.shape[1])
         self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
-        pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+        self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
         self.adapters: Adapters = [
-            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True)) for start in range(0, len(pairs), len(LINEAR))
+            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True))
+            for start in range(0, len(pairs), len(LINEAR))
         ]
 
     def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
-        """One step of Adam; gradients are clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
+        """A step of Adam, gradients clipped policy by policy. pace [P, 1]: rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
         parts = torch.autograd.grad(loss, self.leaves)
         gradient = torch.cat([part.flatten(1) for part in parts], dim=1)
         gradient /= gradient.norm(dim=1, keepdim=True).clamp(min=1)
@@ -250,12 +264,15 @@ def blocks_of(responses: Tensor, widths: tuple[int, ...]) -> list[Block]:
         whole = inside.sum(1) // TOGETHER
         groups = torch.cat(
             [
-                torch.cat([torch.full((int(count), 1), row, device=order.device), own[: count * TOGETHER].view(-1, TOGETHER)], 1)
+                torch.cat(
+                    [torch.full((int(count), 1), row, device=order.device), own[: count * TOGETHER].view(-1, TOGETHER)],
+                    1,
+                )
                 for row, (own, count) in enumerate(zip(order, whole.tolist(), strict=True))
             ]
         )
         share = float(inside.double().mean())
-        found.append(Block(groups, width, max(1, round(GROUPS * share)), share))
+        found.append(Block(groups, width, min(len(groups), max(1, round(GROUPS * share))), share))
         shorter = width
     return found
 
@@ -286,13 +303,13 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     else:
         score = reward_model(inputs["reward"], inputs["end"], device)
     training, unseen = (Prompts.of(inputs["prompts"][split], device) for split in ("train", "holdout"))
-    length, end, cdfs = max(inputs["widths"]), inputs["end"], inputs["cdfs"].to(device)
-    samples, count = cdfs.shape[1] - 1, len(inputs["policies"])
+    length, end, log_cdfs = max(inputs["widths"]), inputs["end"], inputs["log_cdfs"].to(device)
+    samples, count = log_cdfs.shape[1] - 1, len(inputs["policies"])
     responses, rewards = draw(exact, score, training, samples, length, end, args.at_once)
     say("sampled and rewarded", responses=responses.shape[0] * responses.shape[1])
-    targets = targets_of(rewards, cdfs)
+    targets = targets_of(rewards, log_cdfs)
     held_out, held_out_rewards = draw(exact, score, unseen, min(samples, HELD_OUT), length, end, args.at_once)
-    held_out_targets = targets_of(held_out_rewards, cdfs[:, :: samples // held_out.shape[1]])[:, :, :64]
+    held_out_targets = targets_of(held_out_rewards, log_cdfs[:, :: samples // held_out.shape[1]])[:, :, :64]
     held_out = held_out[:, :64]
     blocks = blocks_of(responses, inputs["widths"])
     say("grouped", blocks=[(len(block.groups), block.width, block.in_step, round(block.share, 3)) for block in blocks])
@@ -349,21 +366,13 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
             history.append({"step": step, "training": [round(one, 4) for one in on_training], "held_out": explained()})
             say(f"step {step}", **history[-1])
             shown += 1 / 8
-    if os.environ.get("PROFILE") and device.type == "cuda":  # XXX
-        from torch.profiler import ProfilerActivity, profile
-        with profile(activities=[ProfilerActivity.CUDA]) as prof:
-            for _ in range(10):
-                replay()
-            torch.cuda.synchronize()
-        print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=90))
-        print("GB", torch.cuda.max_memory_allocated() / 1e9)
     seen = sum(block.in_step for block in blocks) * TOGETHER * step
     final = {"steps": step, "seen": seen, "responses": responses.shape[0] * samples, "held_out": explained()}
     say("trained", **final)
     weights = {
         name: {
             f"{layer}.{part}": one[number].detach().cpu().clone()  # up to the highest rank
-            for layer, pair in zip(stack.names, zip(stack.leaves[::2], stack.leaves[1::2]), strict=True)
+            for layer, pair in zip(stack.names, stack.pairs, strict=True)
             for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
         }
         for number, name in enumerate(inputs["policies"])
@@ -372,7 +381,13 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     for start in range(0, count, IN_FILE):
         torch.save(dict(list(weights.items())[start : start + IN_FILE]), out / f"{args.prefix}adapters{start}.pt")
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    about = {"device": device_name, "seconds": args.seconds, "policies": inputs["policies"], **final, "history": history}
+    about = {
+        "device": device_name,
+        "seconds": args.seconds,
+        "policies": inputs["policies"],
+        **final,
+        "history": history,
+    }
     (out / f"{args.prefix}log.json").write_text(json.dumps(about))
     workers.shutdown()
 

@@ -1,7 +1,7 @@
 """A small Llama in plain torch with many LoRA adapters side by side, for benchmarks/many_responses.py.
 
 P policies are one base with P adapters: every activation has a first dimension of P, so that small models fill a GPU.
-Responses to a prompt share it: G prompts of n responses each, padded at the end to fixed widths, which CUDA graphs need.
+Responses to a prompt share it: G prompts of n responses each, padded at the end to the widths that a CUDA graph has.
 """
 
 import math
@@ -33,7 +33,9 @@ class Llama:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> "Llama":
+    def of(
+        cls, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> "Llama":
         """From a transformers config and state dict, of as many key as query heads and a tied output matrix."""
         assert config["num_key_value_heads"] == config["num_attention_heads"]
         weights = {name.removeprefix("model."): value.to(device) for name, value in weights.items()}
@@ -44,7 +46,9 @@ class Llama:
             blocks.append(own | {name: weights[f"layers.{layer}.{name}.weight"].float() for name in norms})
         rope = config["rope_parameters"]["rope_theta"]
         heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
-        return cls(weights["embed_tokens.weight"].float(), blocks, weights["norm.weight"].float(), heads, eps, rope, dtype)
+        return cls(
+            weights["embed_tokens.weight"].float(), blocks, weights["norm.weight"].float(), heads, eps, rope, dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Batch:
 
 
 def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tensor:
-    """States of the rows' tokens after the last layer [P, G, n, R, d], float32, before the norm; P is 1 without adapters."""
+    """States of the rows' tokens behind the last layer [P, G, n, R, d], float32; P is 1 without adapters."""
     groups, width = batch.prompts.shape
     _, count, length = batch.rows.shape
     device = batch.rows.device
@@ -80,7 +84,7 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
 
 
 def log_probs(llama: Llama, batch: Batch, wanted: Tensor, adapters: Adapters | None) -> Tensor:
-    """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: the tokens that follow the rows', below 0 for none."""
+    """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: what follows each of the rows' tokens, or below 0."""
     hidden = hidden_states(llama, batch, adapters)
     targets = wanted.expand(len(hidden), -1, -1, -1)
     return -_fused_losses(hidden, llama.norm, llama.embedding, targets, llama.eps).sum(-1)
@@ -102,7 +106,7 @@ def _block(
     heads: int,
     eps: float,
 ) -> Tensor:
-    """One layer of x [P, S, d]: tokens of prompts, then of rows. unseen [P·G, 1, 1, 1, T], later [R, R]: who is hidden."""
+    """One layer of x [P, S, d], prompts before rows. Hidden are unseen [P·G, 1, 1, 1, T] and later [R, R] tokens."""
     policies, width, length = len(x), unseen.shape[-1], len(later)
     groups = len(unseen) // policies
     split = groups * width
@@ -147,7 +151,9 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
             part.view(groups, width, llama.heads, -1).transpose(1, 2)
             for part in (_rotate(q, rotation), _rotate(k, rotation), v)
         )
-        cache = [torch.empty(rows, llama.heads, length, q.shape[-1], dtype=llama.dtype, device=device) for _ in range(2)]
+        cache = [
+            torch.empty(rows, llama.heads, length, q.shape[-1], dtype=llama.dtype, device=device) for _ in range(2)
+        ]
         kept.append((k, v, *cache))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = _feed_forward(x + _linear(attended, LINEAR[3], block, None), block, None, llama.eps)
@@ -190,7 +196,9 @@ def _norm(x: Tensor, weight: Tensor, block: dict[str, Tensor], eps: float) -> Te
     return F.rms_norm(x, (x.shape[-1],), weight, eps).to(block[LINEAR[0]].dtype)
 
 
-def _linear(x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, tuple[Tensor, Tensor]] | None) -> Tensor:
+def _linear(
+    x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, tuple[Tensor, Tensor]] | None
+) -> Tensor:
     found = x @ block[name].T
     if adapters is None:
         return found

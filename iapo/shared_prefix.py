@@ -9,7 +9,8 @@ response attends causally to itself, responses attend to their prompt without a 
 are joined by their log-sum-exp L: O = Σ exp(L_i − L)·O_i. The backward pass needs no joining: a flash kernel given the
 joined O and L returns each part's exact gradients. On the CPU that is a kernel call for each prompt, its responses of
 one length, and the two together; on CUDA two calls for all, of the flash kernel for sequences of different lengths.
-That one has no float32 and wants an Ampere or newer: else one FlexAttention block mask does it.
+That one has no float32 and wants an Ampere or newer: else PyTorch's attention with one dense mask does it, hidden pairs
+and all.
 """
 
 import math
@@ -19,10 +20,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -98,9 +98,9 @@ class Layout:
             )
         return self.__dict__["_segments"]
 
-    def block_mask(self, device: torch.device) -> BlockMask:
-        """The same for FlexAttention; made once a batch."""
-        if "_block_mask" not in self.__dict__:
+    def mask(self, device: torch.device) -> Tensor:
+        """The same as a table [T, T], true where the query (row) sees the key; made once a batch."""
+        if "_mask" not in self.__dict__:
             group, response = [], []
             for number, (prompt, lengths) in enumerate(self.groups):
                 group += [number] * (prompt + sum(lengths))
@@ -108,15 +108,9 @@ class Layout:
                 for index, length in enumerate(lengths, 1):
                     response += [index] * length
             groups, responses = torch.tensor(group, device=device), torch.tensor(response, device=device)
-
-            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                own = (responses[key] == 0) | (responses[key] == responses[query])
-                return (key <= query) & (groups[key] == groups[query]) & own
-
-            compiled = device.type == "cuda"  # otherwise a tensor of all pairs is made on the way
-            mask = create_block_mask(sees, None, None, self.length, self.length, device=device, _compile=compiled)
-            self.__dict__["_block_mask"] = mask
-        return self.__dict__["_block_mask"]
+            own = (responses == 0) | (responses == responses[:, None])
+            self.__dict__["_mask"] = ((groups == groups[:, None]) & own).tril()
+        return self.__dict__["_mask"]
 
 
 class Ragged(NamedTuple):
@@ -176,10 +170,7 @@ def attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary embeddings in float32
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     if query.device.type == "cuda" and not has_flash(query):
-        # compiled anew by dtype, with gradients or not, by heads, ...; past its limit torch computes all scores
-        with torch._dynamo.config.patch(recompile_limit=64):
-            mask: Any = shared_prefix.block_mask(query.device)
-            return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0], None
+        return masked(query, key, value, shared_prefix, scale).transpose(1, 2), None
     split = _SplitOnCuda if query.device.type == "cuda" else _Split
     return split.apply(query, key, value, shared_prefix, scale).transpose(1, 2), None
 
@@ -191,6 +182,12 @@ def has_flash(query: Tensor) -> bool:
     size = query.shape[-1]
     half = query.dtype in (torch.bfloat16, torch.float16)
     return half and size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Attention by one dense mask, on any device: as `_Split`, for T² pairs."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, layout.mask(query.device), scale=scale)
 
 
 def register() -> None:

@@ -1,15 +1,21 @@
 """Benchmarks at toy size: the GPU's on the CPU, so that it runs when a GPU is there; and estimates, which must hold."""
 
+import argparse
 import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
 
 from iapo.atoms import atom_kl
-from iapo.closed_form import optimal_win_rate
-from iapo.config import load_config
+from iapo.closed_form import optimal_win_rate, solve
+from iapo.config import TrainConfig, load_config
 from iapo.models import load_policy
+from iapo.score import score_token_ids
+from iapo.train import add_adapter
 
 
 def test_the_gpu_benchmark_runs(tmp_path, monkeypatch):
@@ -79,3 +85,138 @@ def test_baselines_learn_from_the_best_and_the_worst_of_every_four(monkeypatch):
     found = [(best["prompt_id"], best["row"], worst["row"]) for best, worst in baselines.pairs(rows)]
     assert [one for one in found if one[0] == "a"] == [("a", 1, 0), ("a", 4, 5)]  # the ninth has no group
     assert [one[2] for one in found if one[0] == "b"] == [5]  # the first four tie
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """benchmarks.many_responses with a small base, a reward model, and prompts of 3 to 5 tokens."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    module = importlib.import_module("benchmarks.many_responses")
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=9, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=1, **sizes)
+    reward_config = LlamaConfig(vocab_size=9, num_labels=1, initializer_range=0.3, pad_token_id=0, **sizes)
+    base, reward = LlamaForCausalLM(config).eval(), LlamaForSequenceClassification(reward_config).eval()
+    return module, base.requires_grad_(False), reward.requires_grad_(False), [[2, 3, 4], [5, 2, 6, 8, 3], [2, 7, 7, 4]]
+
+
+def plain_rows(prompts, responses):
+    """Prompt, number and tokens of every response."""
+    for row, own in enumerate(responses.tolist()):
+        for number, tokens in enumerate(own):
+            yield row, number, prompts[row], [token for token in tokens if token >= 0]
+
+
+def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
+    module, base, _, prompts = many
+    cpu, ranks = torch.device("cpu"), [2, 4, 4]
+    stored = module.stored(base)
+    llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
+    stack = module.Stack(llama, ranks, cpu)
+    laid = module.Prompts.of(prompts, cpu)
+    responses = module.sample(llama, laid.tokens, laid.lengths, laid.last, 6, 7, 1)
+    batch, wanted = laid.batch(torch.arange(3), responses.long()), responses.long()
+    reference = module.log_probs(llama, batch, wanted, None)[0]
+    for _ in range(3):
+        loss = (module.log_probs(llama, batch, wanted, stack.adapters) - reference - 1).square().mean()
+        stack.step(loss, torch.full((3, 1), 0.1), torch.tensor(0.001))
+    found = module.log_probs(llama, batch, wanted, stack.adapters)
+    assert (found - reference).abs().amax((1, 2)).min() > 0.1 and (found[1] - found[2]).abs().max() > 0.01
+    assert not stack.leaves[0][0, 2:].any() and not stack.leaves[1][0, :, 2:].any()  # beyond its rank
+    policy = add_adapter(base, TrainConfig(lora_rank=4))
+    for number in range(3):
+        weights = {
+            f"base_model.model.model.{name}.lora_{part}.default.weight": one[number]
+            for name, pair in zip(stack.names, stack.pairs, strict=True)
+            for part, one in zip("AB", pair, strict=True)
+        }
+        assert not policy.load_state_dict(weights, strict=False).unexpected_keys
+        for row, place, prompt, tokens in plain_rows(prompts, responses):
+            ids = torch.tensor([prompt + tokens])
+            alone = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            assert found[number, row, place].item() == pytest.approx(
+                alone[range(len(tokens)), tokens].sum().item(), abs=1e-4
+            )
+
+
+def test_many_responses_are_sampled_and_rewarded_as_one_by_one(many):
+    module, base, reward, prompts = many
+    cpu = torch.device("cpu")
+    stored, judge = module.stored(base), module.stored(reward)
+    llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
+    laid = module.Prompts.of(prompts, cpu)
+    torch.manual_seed(0)
+    responses = module.sample(llama, laid.tokens, laid.lengths, laid.last, 20_000, 3, 1)
+    for row, prompt in enumerate(prompts):  # frequencies of whole responses beside their probabilities
+        drawn, counts = responses[row].unique(dim=0, return_counts=True)
+        some = counts.topk(20).indices
+        for tokens, count in zip(drawn[some].tolist(), counts[some].tolist(), strict=True):
+            tokens = [token for token in tokens if token >= 0]
+            assert 1 not in tokens[:-1] and (len(tokens) == 3 or tokens[-1] == 1)
+            logits = base(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            share = logits.log_softmax(-1)[range(len(tokens)), tokens].sum().exp().item()
+            assert abs(count / 20_000 - share) < 5 * (share / 20_000) ** 0.5
+    few = responses[:, :50]
+    found = module.reward_model(judge, 1, cpu)(laid, few)
+    assert {
+        few[row, place].max().item() == 1 or 1 in few[row, place].tolist() for row in range(3) for place in range(50)
+    } == {
+        True,
+        False,
+    }
+    whole = [prompt + tokens + [1] * (tokens[-1] != 1) for _, _, prompt, tokens in plain_rows(prompts, few)]
+    assert found.flatten().tolist() == pytest.approx(score_token_ids(reward, whole, 0, 32), abs=1e-5)
+
+
+def test_targets_and_groups_of_many_responses(many):
+    module = many[0]
+    forms = [solve("best_of(4)", target_kl=0.5), solve("worst_of(16)", target_kl=0.5)]
+    edges = np.linspace(0, 1, 65)
+    tables = torch.stack([module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])) for form in forms])
+    rewards = torch.stack([torch.randperm(64).double(), torch.arange(64) // 4])  # the second in ties of four
+    targets = module.targets_of(rewards, tables)
+    for number, form in enumerate(forms):
+        low = rewards[0].numpy() / 64
+        assert targets[number, 0].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 64), rel=1e-5, abs=1e-6)
+        low = rewards[1].numpy() / 16
+        assert targets[number, 1].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 16), rel=1e-5, abs=1e-6)
+
+    responses = torch.full((2, 40, 8), -1, dtype=torch.int16)
+    for row, place in np.ndindex(2, 40):
+        responses[row, place, : 1 + (5 * place + row) % 8] = 3
+    short, long = module.blocks_of(responses, (5, 8))
+    for block, shortest in ((short, 1), (long, 6)):
+        lengths = [
+            (responses[row, place] >= 0).sum().item() for row, *places in block.groups.tolist() for place in places
+        ]
+        assert min(lengths) >= shortest and max(lengths) <= block.width
+        pairs = [(row, place) for row, *places in block.groups.tolist() for place in places]
+        assert len(set(pairs)) == len(pairs)
+    assert len(short.groups) == 2 * (25 // 8) and len(long.groups) == 2 * (15 // 8)
+    assert short.share == 5 / 8 and short.in_step == 6 and long.in_step == 2  # all there are, of 20 and 12
+
+
+def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path):
+    module, base, reward, prompts = many
+    form = solve("best_of(4)", target_kl=0.5)
+    edges = np.linspace(0, 1, 65)
+    inputs = {
+        "base": module.stored(base),
+        "reward": module.stored(reward),
+        "prompts": {"train": prompts, "holdout": prompts[:2]},
+        "end": 1,
+        "widths": (3, 6),
+        "ranks": [2] * 5,
+        "rates": [1.0] * 5,
+        "policies": [f"optimal best_of(4) {number}" for number in range(5)],
+        "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
+    }
+    options = {"seconds": 6, "learning_rate": 1e-2, "at_once": 64, "seed": 0, "prefix": "a-"}
+    module.train(inputs, tmp_path, argparse.Namespace(**options))
+    about = json.loads((tmp_path / "a-log.json").read_text())
+    assert about["steps"] > 0 and len(about["held_out"]) == 5 and np.isfinite(about["held_out"]).all()
+    stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
+    assert [len(part) for part in stored] == [4, 1]
+    policy = add_adapter(base, TrainConfig(lora_rank=2))
+    names = {f"base_model.model.model.{name}.default.weight" for name in stored[0][inputs["policies"][0]]}
+    assert names == {name for name in policy.state_dict() if "lora_" in name}

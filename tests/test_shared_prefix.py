@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 
 from iapo import shared_prefix
@@ -140,17 +139,17 @@ def test_what_the_flash_kernel_of_cuda_takes(monkeypatch, dtype, size, capabilit
 
 
 @pytest.mark.parametrize("groups", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_block_mask_of_flex_attention_says_the_same(groups):
-    """What runs on CUDA where flash has no kernel, here through FlexAttention's reference on the CPU."""
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_what_runs_on_cuda_without_flash_is_the_same(groups, key_heads):
     layout = Layout(groups)
-    mask = dense_mask(layout)
-    with torch.no_grad():
-        query, key, value = (x.float() for x in tensors(len(mask)))
-        block_mask = layout.block_mask(torch.device("cpu"))
-        found = flex_attention(query, key, value, block_mask=block_mask, scale=0.3, enable_gqa=True)
-        expected, _ = attention(None, query, key, value, None, scaling=0.3, shared_prefix=layout)
-    assert torch.allclose(found.transpose(1, 2), expected, atol=1e-5)
-    assert layout.block_mask(torch.device("cpu")) is block_mask
+    inputs = tensors(layout.length, key_heads=key_heads)
+    assert layout.mask(torch.device("cpu")).equal(dense_mask(layout))
+    assert layout.mask(torch.device("cpu")) is layout.mask(torch.device("cpu"))
+    outputs = [attend(*inputs, layout, 0.3) for attend in (shared_prefix.masked, shared_prefix._Split.apply)]
+    assert torch.allclose(*outputs, atol=1e-12)
+    weight = torch.tensor(np.random.default_rng(1).standard_normal(outputs[0].shape))
+    for mine, theirs in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in outputs), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-11)
 
 
 def test_runs_and_crossings_by_hand():
