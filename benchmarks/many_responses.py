@@ -4,7 +4,7 @@
     python benchmarks/many_responses.py train FILE FOLDER --seconds 240                 # on a GPU; torch is enough
     python benchmarks/many_responses.py measure FOLDER SETTING [as quality.py]          # where it was prepared
 
-`iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (least squares to equation (3)) with
+`iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (`objectives.pointwise`) with
 LoRA on the same layers runs as a CUDA graph, all policies at once on the same responses, until --seconds are over: Adam
 with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward models score the tokens as
 sampled. FILE holds models, prompts and log F of each policy.
@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.hh_rewards import WEIGHTS_VARIABLE, bigrams  # noqa: E402
 from benchmarks.stacked_llama import LINEAR, Adapters, Batch, Llama, hidden_states, log_probs, sample  # noqa: E402
+from iapo.objectives import floored  # noqa: E402
 
 TOGETHER, GROUPS = 8, 32
 """Responses of a prompt in a step, and how often so many are in one."""
@@ -319,6 +320,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     pace, correction = torch.zeros_like(rates), torch.ones((), device=device)
     chosen = [block.groups[: block.in_step].clone() for block in blocks]
     errors = torch.zeros(2, count, device=device)  # squared ones of Δ, and of 0
+    nothing = floored(torch.zeros((), device=device))
 
     def log_ratios(prompts: Prompts, rows: Tensor, wanted: Tensor) -> Tensor:
         batch = prompts.batch(rows, wanted)
@@ -331,19 +333,19 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
         for block, own in zip(blocks, chosen, strict=True):
             rows, picked = own[:, 0], own[:, 1:]
             wanted = responses[rows[:, None], picked, : block.width].long()
-            target = targets[:, rows[:, None], picked]
-            loss = (log_ratios(training, rows, wanted) - target).square().mean((1, 2))
+            target = floored(targets[:, rows[:, None], picked])
+            loss = (floored(log_ratios(training, rows, wanted)) - target).square().mean((1, 2))
             losses.append(block.share * loss)
-            errors.add_(block.share * torch.stack([loss.detach(), target.square().mean((1, 2))]))
+            errors.add_(block.share * torch.stack([loss.detach(), (target - nothing).square().mean((1, 2))]))
         stack.step(torch.stack(losses).sum(), pace, correction)
 
     def explained() -> list[float]:
         squares = torch.zeros(2, count, device=device)
         with torch.no_grad():
             for rows in torch.arange(len(held_out), device=device).split(16):
-                target = held_out_targets[:, rows]
-                delta = log_ratios(unseen, rows, held_out[rows].long())
-                squares += torch.stack([(delta - target).square().sum((1, 2)), target.square().sum((1, 2))])
+                target = floored(held_out_targets[:, rows])
+                found = floored(log_ratios(unseen, rows, held_out[rows].long()))
+                squares += torch.stack([(one - target).square().sum((1, 2)) for one in (found, nothing)])
         return [round(value, 4) for value in (1 - squares[0] / squares[1]).tolist()]
 
     replay = captured(one_step, stack) if device.type == "cuda" else one_step

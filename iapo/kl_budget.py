@@ -32,6 +32,8 @@ RESPONSES = 1536
 """Sampled for each estimate of the KL: its standard error is then 1 to 3 % at half a nat (measured: docs/log.md)."""
 TOLERANCE = 0.03
 ROUNDS = 6
+FAR = 2.0
+"""Times the target: an adapter that spends more before it is scaled has not learned its targets alone."""
 SMALLEST, LARGEST = 1 / 16, 8.0
 """Bounds of the factor: outside of them the adapter has learned next to nothing, or mostly noise."""
 
@@ -113,7 +115,7 @@ def meet(
     """Scale a stored adapter so that its policy has the target KL, in nats; returns a Scale as a dict.
 
     measure: of a policy, what gives its KL on each prompt whenever it is called, as it is then. Warns where no factor
-    in [SMALLEST, LARGEST] has the target KL.
+    in [SMALLEST, LARGEST] has the target KL, and where it spent far more than the target before.
     """
     policy = load_policy(config.model, adapter)
     original = {name: weight.clone() for name, weight in policy.named_parameters() if "lora_B" in name}
@@ -140,5 +142,12 @@ def meet(
             "train: the adapter times %.3g spends %.3g nats where %.3g were asked for; %s, then `iapo train --restart`",
             *(scale.factor, scale.kl, target_kl),
             "lower train.learning_rate" if scale.kl > target_kl else "give more responses, or train longer",
+        )
+    if scale.kl_before > FAR * target_kl:
+        log.warning(
+            "train: the adapter spent %.3g nats before it was scaled, where %.3g were asked for: on noise, or on "
+            "responses that the reference never gives; lower train.learning_rate or give more responses, then "
+            "`iapo train --restart`",
+            *(scale.kl_before, target_kl),
         )
     return asdict(scale)

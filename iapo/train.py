@@ -3,8 +3,8 @@
 Reads   prompts.parquet, responses/*.parquet, calibrated.parquet, ref_logprobs/*.parquet
 Writes  adapter/               a PEFT adapter
         adapter/log.json       a list of what was logged: step, loss, and on held-out prompts
-            eval_loss                mean (Δ − log f)² in nats²
-            eval_explained_variance  1 − Σ (Δ − log f)² / Σ (log f)²: 1 is perfect, below 0 worse than no training
+            eval_loss                the objective: mean (Δ − log f)² in nats², both floored (`objectives.floored`)
+            eval_explained_variance  1 − eval_loss / that of Δ = 0: 1 is perfect, below 0 worse than no training
             eval_log_ratio_1..5      mean Δ by fifth of calibrated reward; eval_target_1..5 the closed form's
 """
 
@@ -185,10 +185,12 @@ class PolicyTrainer(PackedTrainer):
 
 
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Explained variance of Δ against its target, and both by fifth of the calibrated reward."""
+    """The objective at Δ and at 0, what of the latter is explained, and Δ and target by fifth of calibrated reward."""
     log_ratio = np.asarray(prediction.predictions, dtype=np.float64)
     target, calibrated = np.asarray(prediction.label_ids, dtype=np.float64).T
-    error, zero = np.mean((log_ratio - target) ** 2), np.mean(target**2)
+    error, zero = (
+        objectives.pointwise(torch.tensor(of), torch.tensor(target)).item() for of in (log_ratio, 0 * log_ratio)
+    )
     metrics = {"loss": error, "loss_of_zero": zero, "explained_variance": 1 - error / zero}
     fifth = np.minimum((calibrated * FIFTHS).astype(int), FIFTHS - 1)
     for number in range(FIFTHS):

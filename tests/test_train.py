@@ -1,6 +1,7 @@
 """Training: equation (3) on models whose every response is enumerated, and the stage on tiny sampled runs."""
 
 import json
+import math
 from itertools import product
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_stage(calibrated, letters_model, iapo, caplog):
     """A sensible learning rate improves held-out prompts, warns of nothing, and leaves a PEFT adapter and its log."""
     path = calibrated(train={"epochs": 2, "learning_rate": 1e-3}, model={"base": str(letters_model)})
     outcome = iapo("train", path)
-    assert outcome.code == 0 and "does harm" not in caplog.text
+    assert outcome.code == 0 and "does harm" not in caplog.text and "before it was scaled" not in caplog.text
     config = load_config(path)
     record = read_manifest(config.run, "train")
     assert record is not None and not record["does_harm"]
@@ -226,13 +227,19 @@ def test_a_too_large_learning_rate_is_said_to_do_harm(calibrated, iapo, caplog):
     path = calibrated(train={"learning_rate": 0.1})
     assert iapo("train", path).code == 0
     assert "does harm" in caplog.text and "train.learning_rate (0.1)" in caplog.text
+    assert "nats before it was scaled, where 0.5 were asked for" in caplog.text
     record = read_manifest(load_config(path).run, "train")
     assert record is not None and record["does_harm"]
     assert record["held_out"]["loss"] > record["held_out"]["loss_of_zero"]
 
 
 def test_held_out_metrics_by_hand():
-    # errors 1, 0, -1, 0 against targets 2, 0, -1, 1: 1 - 2/6; calibrated rewards fall in fifths 1, 1, 5, 5
+    # responses 1 and 3 err, by 1 and -1 where nothing is floored; calibrated rewards fall in fifths 1, 1, 5, 5
+    def floored(x):
+        return math.log(math.exp(x) + math.exp(-2))
+
+    error = ((floored(3) - floored(2)) ** 2 + (floored(-2) - floored(-1)) ** 2) / 4
+    zero = sum((floored(target) - floored(0)) ** 2 for target in (2, 0, -1, 1)) / 4
     metrics = held_out_metrics(
         EvalPrediction(
             predictions=np.array([3.0, 0.0, -2.0, 1.0]),
@@ -241,9 +248,9 @@ def test_held_out_metrics_by_hand():
     )
     assert metrics == pytest.approx(
         {
-            "loss": 0.5,
-            "loss_of_zero": 1.5,
-            "explained_variance": 2 / 3,
+            "loss": error,
+            "loss_of_zero": zero,
+            "explained_variance": 1 - error / zero,
             "log_ratio_1": 1.5,
             "target_1": 1.0,
             "log_ratio_5": -0.5,
