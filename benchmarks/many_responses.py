@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.hh_rewards import WEIGHTS_VARIABLE, bigrams  # noqa: E402
+from benchmarks.hh_rewards import WEIGHTS_VARIABLE, features  # noqa: E402
 from benchmarks.stacked_llama import LINEAR, Adapters, Batch, Llama, hidden_states, log_probs, sample  # noqa: E402
 from iapo.objectives import floored  # noqa: E402
 
@@ -79,8 +78,7 @@ def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: 
         "prompts": prompts,
         "end": end,
         "widths": WIDTHS[args.setting],
-        "ranks": [config.train.lora_rank] * len(forms),
-        "rates": [1.0] * len(forms),
+        "rank": config.train.lora_rank,
         "policies": policies,
         "log_cdfs": torch.stack([log_cdf(form.log_mean_density(*ranks)) for form in forms]),
     }
@@ -152,8 +150,11 @@ def reward_model(about: dict[str, Any], end: int, device: torch.device) -> Rewar
     return score
 
 
-def bigram_rewards(about: dict[str, Any], workers: ProcessPoolExecutor) -> Rewards:
-    """The reward of hh.py, of texts, by other processes."""
+def bigram_rewards(about: dict[str, Any]) -> Rewards:
+    """The reward of hh.py, of texts, by other processes, which are made before there is CUDA."""
+    fork = multiprocessing.get_context("fork")
+    workers = ProcessPoolExecutor(os.cpu_count(), fork, _open_bigrams, (about,))
+    list(workers.map(_bigrams_of, [np.zeros((1, 1), np.int16)]))
 
     def score(prompts: Prompts, responses: Tensor) -> Tensor:
         rows = responses.flatten(0, 1).cpu().numpy()
@@ -163,17 +164,16 @@ def bigram_rewards(about: dict[str, Any], workers: ProcessPoolExecutor) -> Rewar
     return score
 
 
-def _open_bigrams(about: dict[str, Any], folder: str) -> None:
+def _open_bigrams(about: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
-    global _TOKENIZER
-    _TOKENIZER = Tokenizer.from_str(about["tokenizer"])
-    os.environ[WEIGHTS_VARIABLE] = f"{folder}/bigrams.json"
+    global _TOKENIZER, _WEIGHTS
+    _TOKENIZER, _WEIGHTS = Tokenizer.from_str(about["tokenizer"]), about["bigrams"]
 
 
 def _bigrams_of(rows: np.ndarray) -> np.ndarray:
     texts = _TOKENIZER.decode_batch([row[row >= 0].tolist() for row in rows], skip_special_tokens=True)
-    return np.array(bigrams([], texts))
+    return np.array([sum(_WEIGHTS.get(one, 0.0) for one in sorted(features(text))) for text in texts])
 
 
 def draw(llama: Llama, score: Rewards, prompts: Prompts, samples: int, length: int, end: int, at_once: int) -> Any:
@@ -204,8 +204,8 @@ def targets_of(rewards: Tensor, log_cdfs: Tensor) -> Tensor:
 class Stack:
     """LoRA adapters of P policies in one tensor [P, all], with AdamW's moments."""
 
-    def __init__(self, llama: Llama, ranks: list[int], device: torch.device) -> None:
-        policies, rank, shapes = len(ranks), max(ranks), []
+    def __init__(self, llama: Llama, policies: int, rank: int, device: torch.device) -> None:
+        shapes = []
         for block in llama.blocks:
             for name in LINEAR:
                 out, into = block[name].shape
@@ -217,9 +217,8 @@ class Stack:
         self.leaves = [
             part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
         ]
-        for a in self.leaves[::2]:  # as peft begins; B is 0, and what both have beyond a policy's rank remains so
-            for own, ends in zip(a.detach(), ranks, strict=True):
-                own[:ends] = torch.empty_like(own[:ends]).uniform_(-1, 1) / math.sqrt(own.shape[1])
+        for a in self.leaves[::2]:  # as peft begins; B is 0
+            a.detach().uniform_(-1, 1).div_(math.sqrt(a.shape[2]))
         self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
         self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
         self.adapters: Adapters = [
@@ -227,8 +226,16 @@ class Stack:
             for start in range(0, len(pairs), len(LINEAR))
         ]
 
+    def weights(self, policy: int) -> dict[str, Tensor]:
+        """A policy's A [rank, in] and B [out, rank] of every layer by name."""
+        return {
+            f"{layer}.{part}": one[policy].detach().cpu().clone()
+            for layer, pair in zip(self.names, self.pairs, strict=True)
+            for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+
     def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
-        """A step of Adam, gradients clipped policy by policy. pace [P, 1]: rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
+        """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
         parts = torch.autograd.grad(loss, self.leaves)
         gradient = torch.cat([part.flatten(1) for part in parts], dim=1)
         gradient /= gradient.norm(dim=1, keepdim=True).clamp(min=1)
@@ -281,13 +288,7 @@ def blocks_of(responses: Tensor, widths: tuple[int, ...]) -> list[Block]:
 def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     """Sample, reward, train for the time given, measure on held-out prompts, store adapters and figures."""
     start = time.perf_counter()
-    folder = TemporaryDirectory()
-    if "bigrams" in inputs["reward"]:
-        Path(folder.name, "bigrams.json").write_text(json.dumps(inputs["reward"]["bigrams"]))
-    fork = multiprocessing.get_context("fork")  # before there is CUDA
-    workers = ProcessPoolExecutor(os.cpu_count(), fork, _open_bigrams, (inputs["reward"], folder.name))
-    if "bigrams" in inputs["reward"]:
-        list(workers.map(_bigrams_of, [np.zeros((1, 1), np.int16)] * 64))
+    score = bigram_rewards(inputs["reward"]) if "bigrams" in inputs["reward"] else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.compiler.set_stance("force_eager")  # but for the step, whose shapes are always the same
@@ -299,10 +300,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     base = inputs["base"]
     llama = Llama.of(base["config"], base["weights"], torch.bfloat16, device)
     exact = Llama.of(base["config"], base["weights"], torch.float32, device)
-    if "bigrams" in inputs["reward"]:
-        score = bigram_rewards(inputs["reward"], workers)
-    else:
-        score = reward_model(inputs["reward"], inputs["end"], device)
+    score = score or reward_model(inputs["reward"], inputs["end"], device)
     training, unseen = (Prompts.of(inputs["prompts"][split], device) for split in ("train", "holdout"))
     length, end, log_cdfs = max(inputs["widths"]), inputs["end"], inputs["log_cdfs"].to(device)
     samples, count = log_cdfs.shape[1] - 1, len(inputs["policies"])
@@ -315,9 +313,8 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     blocks = blocks_of(responses, inputs["widths"])
     say("grouped", blocks=[(len(block.groups), block.width, block.in_step, round(block.share, 3)) for block in blocks])
 
-    stack = Stack(llama, inputs["ranks"], device)
-    rates = torch.tensor(inputs["rates"], device=device)[:, None]
-    pace, correction = torch.zeros_like(rates), torch.ones((), device=device)
+    stack = Stack(llama, count, inputs["rank"], device)
+    pace, correction = torch.zeros((), device=device), torch.ones((), device=device)
     chosen = [block.groups[: block.in_step].clone() for block in blocks]
     errors = torch.zeros(2, count, device=device)  # squared ones of Δ, and of 0
     nothing = floored(torch.zeros((), device=device))
@@ -357,7 +354,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
         for own, steps in zip(chosen, endless, strict=True):
             own.copy_(next(steps))
         rate = args.learning_rate * min(step / 200, 0.5 + 0.5 * math.cos(math.pi * spent))
-        pace.copy_(rates * (rate / (1 - 0.9**step)))
+        pace.fill_(rate / (1 - 0.9**step))
         correction.fill_(1 - 0.999**step)
         replay()
         if step % 10 == 0 and device.type == "cuda":
@@ -371,27 +368,13 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     seen = sum(block.in_step for block in blocks) * TOGETHER * step
     final = {"steps": step, "seen": seen, "responses": responses.shape[0] * samples, "held_out": explained()}
     say("trained", **final)
-    weights = {
-        name: {
-            f"{layer}.{part}": one[number].detach().cpu().clone()  # up to the highest rank
-            for layer, pair in zip(stack.names, stack.pairs, strict=True)
-            for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
-        }
-        for number, name in enumerate(inputs["policies"])
-    }
     out.mkdir(parents=True, exist_ok=True)
-    for start in range(0, count, IN_FILE):
-        torch.save(dict(list(weights.items())[start : start + IN_FILE]), out / f"{args.prefix}adapters{start}.pt")
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    about = {
-        "device": device_name,
-        "seconds": args.seconds,
-        "policies": inputs["policies"],
-        **final,
-        "history": history,
-    }
+    weights = {name: stack.weights(number) for number, name in enumerate(inputs["policies"])}
+    for first in range(0, count, IN_FILE):
+        torch.save(dict(list(weights.items())[first : first + IN_FILE]), out / f"{args.prefix}adapters{first}.pt")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = {"device": name, "seconds": args.seconds, "policies": inputs["policies"], **final, "history": history}
     (out / f"{args.prefix}log.json").write_text(json.dumps(about))
-    workers.shutdown()
 
 
 def captured(one_step: Callable[[], None], stack: Stack) -> Callable[[], None]:

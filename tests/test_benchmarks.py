@@ -109,27 +109,23 @@ def plain_rows(prompts, responses):
 
 def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
     module, base, _, prompts = many
-    cpu, ranks = torch.device("cpu"), [2, 4, 4]
+    cpu = torch.device("cpu")
     stored = module.stored(base)
     llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
-    stack = module.Stack(llama, ranks, cpu)
+    stack = module.Stack(llama, 3, 4, cpu)
     laid = module.Prompts.of(prompts, cpu)
     responses = module.sample(llama, laid.tokens, laid.lengths, laid.last, 6, 7, 1)
     batch, wanted = laid.batch(torch.arange(3), responses.long()), responses.long()
     reference = module.log_probs(llama, batch, wanted, None)[0]
     for _ in range(3):
         loss = (module.log_probs(llama, batch, wanted, stack.adapters) - reference - 1).square().mean()
-        stack.step(loss, torch.full((3, 1), 0.1), torch.tensor(0.001))
+        stack.step(loss, torch.tensor(0.1), torch.tensor(0.001))
     found = module.log_probs(llama, batch, wanted, stack.adapters)
     assert (found - reference).abs().amax((1, 2)).min() > 0.1 and (found[1] - found[2]).abs().max() > 0.01
-    assert not stack.leaves[0][0, 2:].any() and not stack.leaves[1][0, :, 2:].any()  # beyond its rank
     policy = add_adapter(base, TrainConfig(lora_rank=4))
     for number in range(3):
-        weights = {
-            f"base_model.model.model.{name}.lora_{part}.default.weight": one[number]
-            for name, pair in zip(stack.names, stack.pairs, strict=True)
-            for part, one in zip("AB", pair, strict=True)
-        }
+        own = stack.weights(number)
+        weights = {f"base_model.model.model.{name}.default.weight": value for name, value in own.items()}
         assert not policy.load_state_dict(weights, strict=False).unexpected_keys
         for row, place, prompt, tokens in plain_rows(prompts, responses):
             ids = torch.tensor([prompt + tokens])
@@ -206,8 +202,7 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path):
         "prompts": {"train": prompts, "holdout": prompts[:2]},
         "end": 1,
         "widths": (3, 6),
-        "ranks": [2] * 5,
-        "rates": [1.0] * 5,
+        "rank": 2,
         "policies": [f"optimal best_of(4) {number}" for number in range(5)],
         "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
     }
