@@ -189,7 +189,7 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     log_ratio = np.asarray(prediction.predictions, dtype=np.float64)
     target, calibrated = np.asarray(prediction.label_ids, dtype=np.float64).T
     error, zero = (
-        objectives.pointwise(torch.tensor(of), torch.tensor(target)).item() for of in (log_ratio, 0 * log_ratio)
+        objectives.pointwise(torch.tensor(of), torch.tensor(target)).item() for of in (log_ratio, np.zeros_like(target))
     )
     metrics = {"loss": error, "loss_of_zero": zero, "explained_variance": 1 - error / zero}
     fifth = np.minimum((calibrated * FIFTHS).astype(int), FIFTHS - 1)
