@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.hh_rewards import WEIGHTS_VARIABLE, features  # noqa: E402
-from benchmarks.stacked_llama import LINEAR, Adapters, Batch, Llama, hidden_states, log_probs, sample  # noqa: E402
+from benchmarks.stacked_llama import Batch, Llama, Stack, hidden_states, log_probs, sample  # noqa: E402
 from iapo.objectives import floored  # noqa: E402
 
 TOGETHER, GROUPS = 8, 32
@@ -40,7 +40,7 @@ HELD_OUT = 1024
 """Samples of each held-out prompt, of which the first 64 tell the explained variance."""
 IN_FILE = 4
 """Policies stored in one file."""
-WIDTHS = {"bundled": (32, 64), "hh": (16,), "gsm8k": (32,)}
+WIDTHS = {"bundled": (32, 64), "hh": (16,)}
 """Tokens that short and long responses are padded to."""
 
 
@@ -48,7 +48,7 @@ WIDTHS = {"bundled": (32, 64), "hh": (16,), "gsm8k": (32,)}
 
 
 def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: int) -> None:
-    """Run the stages before training, if they are not done, and store models, prompts and CDFs."""
+    """Run the stages before training, if they are not done, and store models, prompts and log F."""
     from benchmarks import quality
     from iapo.closed_form import solve
     from iapo.models import end_token_ids, load_base, load_reward, load_tokenizer, prompt_token_ids
@@ -180,11 +180,11 @@ def draw(llama: Llama, score: Rewards, prompts: Prompts, samples: int, length: i
     """Responses [G, samples, length], int16, and their rewards [G, samples], float64."""
     responses, rewards = [], []
     count = max(1, min(samples, at_once // len(prompts.last)))
-    small = max(1, count // 8)
+    small = max(1, count // 8)  # a forward pass of whole sequences takes more memory than a step of decoding
     for start in range(0, samples, count):
         drawn = sample(llama, prompts.tokens, prompts.lengths, prompts.last, min(count, samples - start), length, end)
         responses.append(drawn)
-        rewards += [score(prompts, part).double() for part in drawn.split(small if drawn.is_cuda else count, dim=1)]
+        rewards += [score(prompts, part).double() for part in drawn.split(small, dim=1)]
     return torch.cat(responses, dim=1), torch.cat(rewards, dim=1)
 
 
@@ -199,50 +199,6 @@ def targets_of(rewards: Tensor, log_cdfs: Tensor) -> Tensor:
     return torch.stack(
         [(log_f[high] + torch.log(-torch.expm1(log_f[low] - log_f[high])) - width).float() for log_f in log_cdfs]
     )
-
-
-class Stack:
-    """LoRA adapters of P policies in one tensor [P, all], with AdamW's moments."""
-
-    def __init__(self, llama: Llama, policies: int, rank: int, device: torch.device) -> None:
-        shapes = []
-        for block in llama.blocks:
-            for name in LINEAR:
-                out, into = block[name].shape
-                shapes += [(rank, into), (out, rank)]
-        sizes = [math.prod(shape) for shape in shapes]
-        self.flat = torch.zeros(policies, sum(sizes), device=device)
-        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        parts = self.flat.split(sizes, dim=1)
-        self.leaves = [
-            part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
-        ]
-        for a in self.leaves[::2]:  # as peft begins; B is 0
-            a.detach().uniform_(-1, 1).div_(math.sqrt(a.shape[2]))
-        self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
-        self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
-        self.adapters: Adapters = [
-            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True))
-            for start in range(0, len(pairs), len(LINEAR))
-        ]
-
-    def weights(self, policy: int) -> dict[str, Tensor]:
-        """A policy's A [rank, in] and B [out, rank] of every layer by name."""
-        return {
-            f"{layer}.{part}": one[policy].detach().cpu().clone()
-            for layer, pair in zip(self.names, self.pairs, strict=True)
-            for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
-        }
-
-    def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
-        """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
-        parts = torch.autograd.grad(loss, self.leaves)
-        gradient = torch.cat([part.flatten(1) for part in parts], dim=1)
-        gradient /= gradient.norm(dim=1, keepdim=True).clamp(min=1)
-        with torch.no_grad():
-            self.m.lerp_(gradient, 0.1)
-            self.v.lerp_(gradient.square(), 0.001)
-            self.flat -= pace * self.m / ((self.v / correction).sqrt() + 1e-8)
 
 
 @dataclass(frozen=True)
@@ -440,7 +396,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", help="prepare: transform, procedure and KL of each")
     parser.add_argument("--samples", type=int, default=8192, help="prepare: of each prompt")
     parser.add_argument("--seconds", type=float, default=240, help="train: for so long, sampling included")
-    parser.add_argument("--learning-rate", type=float, default=8.5e-4)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--at-once", type=int, default=65536, help="train: responses that are sampled together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix", default="", help="train, measure: of the files in the folder")

@@ -132,6 +132,50 @@ def _block(
     return _feed_forward(x, block, own, eps)
 
 
+class Stack:
+    """LoRA adapters of P policies in one tensor [P, all], with Adam's moments."""
+
+    def __init__(self, llama: Llama, policies: int, rank: int, device: torch.device) -> None:
+        shapes = []
+        for block in llama.blocks:
+            for name in LINEAR:
+                out, into = block[name].shape
+                shapes += [(rank, into), (out, rank)]
+        sizes = [math.prod(shape) for shape in shapes]
+        self.flat = torch.zeros(policies, sum(sizes), device=device)
+        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        parts = self.flat.split(sizes, dim=1)
+        self.leaves = [
+            part.view(policies, *shape).detach().requires_grad_() for part, shape in zip(parts, shapes, strict=True)
+        ]
+        for a in self.leaves[::2]:  # as peft begins; B is 0
+            a.detach().uniform_(-1, 1).div_(math.sqrt(a.shape[2]))
+        self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
+        self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+        self.adapters: Adapters = [
+            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True))
+            for start in range(0, len(pairs), len(LINEAR))
+        ]
+
+    def weights(self, policy: int) -> dict[str, Tensor]:
+        """A policy's A [rank, in] and B [out, rank] of every layer by name."""
+        return {
+            f"{layer}.{part}": one[policy].detach().cpu().clone()
+            for layer, pair in zip(self.names, self.pairs, strict=True)
+            for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+
+    def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
+        """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
+        parts = torch.autograd.grad(loss, self.leaves)
+        gradient = torch.cat([part.flatten(1) for part in parts], dim=1)
+        gradient /= gradient.norm(dim=1, keepdim=True).clamp(min=1)
+        with torch.no_grad():
+            self.m.lerp_(gradient, 0.1)
+            self.v.lerp_(gradient.square(), 0.001)
+            self.flat -= pace * self.m / ((self.v / correction).sqrt() + 1e-8)
+
+
 @torch.inference_mode()
 def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: int, length: int, end: int) -> Tensor:
     """Draw `count` responses of at most `length` tokens to each prompt [G, T] at temperature 1: [G, count, length].
