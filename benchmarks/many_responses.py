@@ -7,7 +7,10 @@
 `iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (`objectives.pointwise`) with
 LoRA on the same layers runs as a CUDA graph, all policies at once on the same responses, until --seconds are over: Adam
 with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward models score the tokens as
-sampled. FILE holds models, prompts and log F of each policy.
+sampled. FILE holds models, prompts and log F of each policy. With --rounds half of the responses are replaced, so
+often in the second half of the time, by as many of the policies' own, whose targets are those of their places among
+the reference's: least squares are right for any distribution, so all policies learn from all. On a CPU the products
+are in float32 and nothing is compiled.
 """
 
 import argparse
@@ -188,14 +191,16 @@ def draw(llama: Llama, score: Rewards, prompts: Prompts, samples: int, length: i
     return torch.cat(responses, dim=1), torch.cat(rewards, dim=1)
 
 
-def targets_of(rewards: Tensor, log_cdfs: Tensor) -> Tensor:
-    """log of each policy's mean density over the ranks of a reward among its prompt's [P, G, M], in nats.
+def targets_of(rewards: Tensor, log_cdfs: Tensor, others: Tensor | None = None) -> Tensor:
+    """log of each policy's mean density over the ranks of a reward among its prompt's M, in nats [P, G, rewards].
 
-    log_cdfs [P, M + 1]: log F at j/M.
+    log_cdfs [P, M + 1]: log F at j/M. others [G, M − 1]: the other rewards, where `rewards` are not all M themselves.
     """
-    ordered = rewards.sort(dim=1).values
+    ordered = (rewards if others is None else others).sort(dim=1).values
     low, high = (torch.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
-    width = torch.log((high - low) / rewards.shape[1])
+    if others is not None:
+        high += 1  # itself
+    width = torch.log((high - low) / (log_cdfs.shape[1] - 1))
     return torch.stack(
         [(log_f[high] + torch.log(-torch.expm1(log_f[low] - log_f[high])) - width).float() for log_f in log_cdfs]
     )
@@ -203,18 +208,18 @@ def targets_of(rewards: Tensor, log_cdfs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Groups of responses of like length: [N, 1 + TOGETHER] (a prompt, places of its responses), so many in a step."""
+    """Groups of responses of like length: [N, 1 + TOGETHER] (a prompt, places of its responses), a share of all."""
 
     groups: Tensor
     width: int
-    in_step: int
     share: float
 
-    def endless(self) -> Iterator[Tensor]:
-        """The groups of each step, in another order each time round."""
+    def endless(self, in_step: int) -> Iterator[Tensor]:
+        """So many groups for each step, in another order each time round."""
+        assert in_step <= len(self.groups), f"{len(self.groups)} groups, {in_step} in a step"
         while True:
-            for chosen in torch.randperm(len(self.groups), device=self.groups.device).split(self.in_step):
-                if len(chosen) == self.in_step:
+            for chosen in torch.randperm(len(self.groups), device=self.groups.device).split(in_step):
+                if len(chosen) == in_step:
                     yield self.groups[chosen]
 
 
@@ -235,8 +240,7 @@ def blocks_of(responses: Tensor, widths: tuple[int, ...]) -> list[Block]:
                 for row, (own, count) in enumerate(zip(order, whole.tolist(), strict=True))
             ]
         )
-        share = float(inside.double().mean())
-        found.append(Block(groups, width, min(len(groups), max(1, round(GROUPS * share))), share))
+        found.append(Block(groups, width, float(inside.double().mean())))
         shorter = width
     return found
 
@@ -254,7 +258,8 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
         print(f"{time.perf_counter() - start:7.1f} s  {text}", *(f"{k} {v}" for k, v in figures.items()), flush=True)
 
     base = inputs["base"]
-    llama = Llama.of(base["config"], base["weights"], torch.bfloat16, device)
+    products = torch.bfloat16 if device.type == "cuda" else torch.float32
+    llama = Llama.of(base["config"], base["weights"], products, device)
     exact = Llama.of(base["config"], base["weights"], torch.float32, device)
     score = score or reward_model(inputs["reward"], inputs["end"], device)
     training, unseen = (Prompts.of(inputs["prompts"][split], device) for split in ("train", "holdout"))
@@ -267,11 +272,15 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     held_out_targets = targets_of(held_out_rewards, log_cdfs[:, :: samples // held_out.shape[1]])[:, :, :64]
     held_out = held_out[:, :64]
     blocks = blocks_of(responses, inputs["widths"])
-    say("grouped", blocks=[(len(block.groups), block.width, block.in_step, round(block.share, 3)) for block in blocks])
+    in_step = [min(len(block.groups), max(1, round(GROUPS * block.share))) for block in blocks]
+    shares = torch.tensor([block.share for block in blocks], device=device)
+    say(
+        "grouped", blocks=[(len(block.groups), block.width, round(block.share, 3)) for block in blocks], in_step=in_step
+    )
 
     stack = Stack(llama, count, inputs["rank"], device)
     pace, correction = torch.zeros((), device=device), torch.ones((), device=device)
-    chosen = [block.groups[: block.in_step].clone() for block in blocks]
+    chosen = [block.groups[:number].clone() for block, number in zip(blocks, in_step, strict=True)]
     errors = torch.zeros(2, count, device=device)  # squared ones of Δ, and of 0
     nothing = floored(torch.zeros((), device=device))
 
@@ -283,13 +292,13 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
 
     def one_step() -> None:
         losses = []
-        for block, own in zip(blocks, chosen, strict=True):
+        for width, share, own in zip(inputs["widths"], shares, chosen, strict=True):
             rows, picked = own[:, 0], own[:, 1:]
-            wanted = responses[rows[:, None], picked, : block.width].long()
+            wanted = responses[rows[:, None], picked, :width].long()
             target = floored(targets[:, rows[:, None], picked])
             loss = (floored(log_ratios(training, rows, wanted)) - target).square().mean((1, 2))
-            losses.append(block.share * loss)
-            errors.add_(block.share * torch.stack([loss.detach(), (target - nothing).square().mean((1, 2))]))
+            losses.append(share * loss)
+            errors.add_(share * torch.stack([loss.detach(), (target - nothing).square().mean((1, 2))]))
         stack.step(torch.stack(losses).sum(), pace, correction)
 
     def explained() -> list[float]:
@@ -301,11 +310,29 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
                 squares += torch.stack([(one - target).square().sum((1, 2)) for one in (found, nothing)])
         return [round(value, 4) for value in (1 - squares[0] / squares[1]).tolist()]
 
+    def own_samples() -> None:
+        """As many of each policy in place of the first half of the responses, with their targets."""
+        each, place = samples // 2 // count, 0
+        for number in range(count):
+            merged = stack.merged(exact, number)
+            drawn, found = draw(merged, score, training, each, length, end, args.at_once)
+            responses[:, place : place + each] = drawn
+            targets[:, :, place : place + each] = targets_of(found, log_cdfs, rewards[:, 1:])
+            place += each
+
     replay = captured(one_step, stack) if device.type == "cuda" else one_step
     say("captured")
-    endless = [block.endless() for block in blocks]
-    began, step, history, shown = time.perf_counter(), 0, [], 0.0
+    endless = [block.endless(number) for block, number in zip(blocks, in_step, strict=True)]
+    rounds = iter([0.5 + 0.5 * number / args.rounds for number in range(args.rounds)])
+    began, step, history, shown, next_round = time.perf_counter(), 0, [], 0.0, next(rounds, math.inf)
     while (spent := (time.perf_counter() - began) / (start + args.seconds - began)) < 1:
+        if spent >= next_round:
+            own_samples()
+            blocks = blocks_of(responses, inputs["widths"])
+            shares.copy_(torch.tensor([block.share for block in blocks]))
+            endless = [block.endless(number) for block, number in zip(blocks, in_step, strict=True)]
+            say("sampled the policies")
+            next_round = next(rounds, math.inf)
         step += 1
         for own, steps in zip(chosen, endless, strict=True):
             own.copy_(next(steps))
@@ -321,7 +348,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
             history.append({"step": step, "training": [round(one, 4) for one in on_training], "held_out": explained()})
             say(f"step {step}", **history[-1])
             shown += 1 / 8
-    seen = sum(block.in_step for block in blocks) * TOGETHER * step
+    seen = sum(in_step) * TOGETHER * step
     final = {"steps": step, "seen": seen, "responses": responses.shape[0] * samples, "held_out": explained()}
     say("trained", **final)
     out.mkdir(parents=True, exist_ok=True)
@@ -397,6 +424,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8192, help="prepare: of each prompt")
     parser.add_argument("--seconds", type=float, default=240, help="train: for so long, sampling included")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--rounds", type=int, default=0, help="train: how often half are replaced by the policies' own")
     parser.add_argument("--at-once", type=int, default=65536, help="train: responses that are sampled together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix", default="", help="train, measure: of the files in the folder")

@@ -5,7 +5,7 @@ Responses to a prompt share it: G prompts of n responses each, padded at the end
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,15 @@ class Stack:
             for layer, pair in zip(self.names, self.pairs, strict=True)
             for part, one in zip(("lora_A", "lora_B"), pair, strict=True)
         }
+
+    def merged(self, llama: Llama, policy: int) -> Llama:
+        """The base with a policy's adapter added to its weights."""
+        blocks = [
+            block
+            | {name: block[name] + (b[policy] @ a[policy]).detach().to(llama.dtype) for name, (a, b) in own.items()}
+            for block, own in zip(llama.blocks, self.adapters, strict=True)
+        ]
+        return replace(llama, blocks=blocks)
 
     def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
         """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""

@@ -124,6 +124,8 @@ def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
     assert (found - reference).abs().amax((1, 2)).min() > 0.1 and (found[1] - found[2]).abs().max() > 0.01
     policy = add_adapter(base, TrainConfig(lora_rank=4))
     for number in range(3):
+        merged = module.log_probs(stack.merged(llama, number), batch, wanted, None)[0]
+        assert (merged - found[number]).abs().max() < 1e-4
         own = stack.weights(number)
         weights = {f"base_model.model.model.{name}.default.weight": value for name, value in own.items()}
         assert not policy.load_state_dict(weights, strict=False).unexpected_keys
@@ -176,6 +178,13 @@ def test_targets_and_groups_of_many_responses(many):
         assert targets[number, 0].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 64), rel=1e-5, abs=1e-6)
         low = rewards[1].numpy() / 16
         assert targets[number, 1].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 16), rel=1e-5, abs=1e-6)
+    # Other responses have the targets that they would have in the place of one of the 64.
+    others = torch.tensor([[-1.0, 20.5, 99.0], [-1.0, 3.0, 99.0]], dtype=torch.float64)
+    targets = module.targets_of(others, tables, rewards[:, 1:])
+    for number, column in np.ndindex(2, 3):
+        stood_in = torch.cat([others[:, [column]], rewards[:, 1:]], dim=1)
+        expected = module.targets_of(stood_in, tables)[number, :, 0]
+        assert targets[number, :, column].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
     responses = torch.full((2, 40, 8), -1, dtype=torch.int16)
     for row, place in np.ndindex(2, 40):
@@ -189,10 +198,13 @@ def test_targets_and_groups_of_many_responses(many):
         pairs = [(row, place) for row, *places in block.groups.tolist() for place in places]
         assert len(set(pairs)) == len(pairs)
     assert len(short.groups) == 2 * (25 // 8) and len(long.groups) == 2 * (15 // 8)
-    assert short.share == 5 / 8 and short.in_step == 6 and long.in_step == 2  # all there are, of 20 and 12
+    assert short.share == 5 / 8 and long.share == 3 / 8
+    groups = short.endless(4)
+    steps = [next(groups) for _ in range(3)]
+    assert all(len(step) == 4 for step in steps) and len(torch.cat(steps[:1]).unique(dim=0)) == 4
 
 
-def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path):
+def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsys):
     module, base, reward, prompts = many
     form = solve("best_of(4)", target_kl=0.5)
     edges = np.linspace(0, 1, 65)
@@ -206,8 +218,9 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path):
         "policies": [f"optimal best_of(4) {number}" for number in range(5)],
         "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
     }
-    options = {"seconds": 6, "learning_rate": 1e-2, "at_once": 64, "seed": 0, "prefix": "a-"}
+    options = {"seconds": 6, "learning_rate": 1e-2, "at_once": 64, "seed": 0, "prefix": "a-", "rounds": 2}
     module.train(inputs, tmp_path, argparse.Namespace(**options))
+    assert capsys.readouterr().out.count("sampled the policies") == 2
     about = json.loads((tmp_path / "a-log.json").read_text())
     assert about["steps"] > 0 and len(about["held_out"]) == 5 and np.isfinite(about["held_out"]).all()
     stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
