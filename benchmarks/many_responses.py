@@ -216,11 +216,14 @@ class Block:
 
     def endless(self, in_step: int) -> Iterator[Tensor]:
         """So many groups for each step, in another order each time round."""
-        assert in_step <= len(self.groups), f"{len(self.groups)} groups, {in_step} in a step"
+        assert len(self.groups), f"no prompt has {TOGETHER} responses of up to {self.width} tokens"
+        device = self.groups.device
+        order = torch.empty(0, dtype=torch.long, device=device)
         while True:
-            for chosen in torch.randperm(len(self.groups), device=self.groups.device).split(in_step):
-                if len(chosen) == in_step:
-                    yield self.groups[chosen]
+            while len(order) < in_step:
+                order = torch.cat([order, torch.randperm(len(self.groups), device=device)])
+            yield self.groups[order[:in_step]]
+            order = order[in_step:]
 
 
 def blocks_of(responses: Tensor, widths: tuple[int, ...]) -> list[Block]:
@@ -272,7 +275,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     held_out_targets = targets_of(held_out_rewards, log_cdfs[:, :: samples // held_out.shape[1]])[:, :, :64]
     held_out = held_out[:, :64]
     blocks = blocks_of(responses, inputs["widths"])
-    in_step = [min(len(block.groups), max(1, round(GROUPS * block.share))) for block in blocks]
+    in_step = [max(1, round(GROUPS * block.share)) for block in blocks]
     shares = torch.tensor([block.share for block in blocks], device=device)
     say(
         "grouped", blocks=[(len(block.groups), block.width, round(block.share, 3)) for block in blocks], in_step=in_step
@@ -280,7 +283,8 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
 
     stack = Stack(llama, count, inputs["rank"], device)
     pace, correction = torch.zeros((), device=device), torch.ones((), device=device)
-    chosen = [block.groups[:number].clone() for block, number in zip(blocks, in_step, strict=True)]
+    endless = [block.endless(number) for block, number in zip(blocks, in_step, strict=True)]
+    chosen = [next(steps).clone() for steps in endless]
     errors = torch.zeros(2, count, device=device)  # squared ones of Δ, and of 0
     nothing = floored(torch.zeros((), device=device))
 
@@ -322,7 +326,6 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
 
     replay = captured(one_step, stack) if device.type == "cuda" else one_step
     say("captured")
-    endless = [block.endless(number) for block, number in zip(blocks, in_step, strict=True)]
     rounds = iter([0.5 + 0.5 * number / args.rounds for number in range(args.rounds)])
     began, step, history, shown, next_round = time.perf_counter(), 0, [], 0.0, next(rounds, math.inf)
     while (spent := (time.perf_counter() - began) / (start + args.seconds - began)) < 1:
