@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,15 +92,17 @@ def test_baselines_learn_from_the_best_and_the_worst_of_every_four(monkeypatch):
 
 @pytest.fixture
 def many(monkeypatch):
-    """benchmarks.many_responses with a small base, a reward model, and prompts of 3 to 5 tokens."""
+    """benchmarks.many_responses and many_samples with a small base, a reward model, and prompts of 3 to 5 tokens."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     module = importlib.import_module("benchmarks.many_responses")
+    samples = importlib.import_module("benchmarks.many_samples")
     set_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=9, tie_word_embeddings=True, initializer_range=0.3, eos_token_id=1, **sizes)
     reward_config = LlamaConfig(vocab_size=9, num_labels=1, initializer_range=0.3, pad_token_id=0, **sizes)
     base, reward = LlamaForCausalLM(config).eval(), LlamaForSequenceClassification(reward_config).eval()
-    return module, base.requires_grad_(False), reward.requires_grad_(False), [[2, 3, 4], [5, 2, 6, 8, 3], [2, 7, 7, 4]]
+    prompts = [[2, 3, 4], [5, 2, 6, 8, 3], [2, 7, 7, 4]]
+    return module, samples, base.requires_grad_(False), reward.requires_grad_(False), prompts
 
 
 def plain_rows(prompts, responses):
@@ -108,13 +113,13 @@ def plain_rows(prompts, responses):
 
 
 def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
-    module, base, _, prompts = many
+    module, samples, base, _, prompts = many
     cpu = torch.device("cpu")
     stored = module.stored(base)
     llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
     stack = module.Stack(llama, 3, 4, cpu)
-    laid = module.Prompts.of(prompts, cpu)
-    responses = module.sample(llama, laid.tokens, laid.lengths, laid.last, 6, 7, 1)
+    laid = samples.Prompts.of(prompts, cpu)
+    responses = samples.sample(llama, laid.tokens, laid.lengths, laid.last, 6, 7, 1)
     batch, wanted = laid.batch(torch.arange(3), responses.long()), responses.long()
     reference = module.log_probs(llama, batch, wanted, None)[0]
     for _ in range(3):
@@ -138,13 +143,13 @@ def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
 
 
 def test_many_responses_are_sampled_and_rewarded_as_one_by_one(many):
-    module, base, reward, prompts = many
+    module, samples, base, reward, prompts = many
     cpu = torch.device("cpu")
     stored, judge = module.stored(base), module.stored(reward)
     llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
-    laid = module.Prompts.of(prompts, cpu)
+    laid = samples.Prompts.of(prompts, cpu)
     torch.manual_seed(0)
-    responses = module.sample(llama, laid.tokens, laid.lengths, laid.last, 20_000, 3, 1)
+    responses = samples.sample(llama, laid.tokens, laid.lengths, laid.last, 20_000, 3, 1)
     for row, prompt in enumerate(prompts):  # frequencies of whole responses beside their probabilities
         drawn, counts = responses[row].unique(dim=0, return_counts=True)
         some = counts.topk(20).indices
@@ -155,7 +160,7 @@ def test_many_responses_are_sampled_and_rewarded_as_one_by_one(many):
             share = logits.log_softmax(-1)[range(len(tokens)), tokens].sum().exp().item()
             assert abs(count / 20_000 - share) < 5 * (share / 20_000) ** 0.5
     few = responses[:, :50]
-    found = module.reward_model(judge, 1, cpu)(laid, few)
+    found = samples.reward_model(judge, 1, cpu)(laid, few)
     assert {
         few[row, place].max().item() == 1 or 1 in few[row, place].tolist() for row in range(3) for place in range(50)
     } == {
@@ -167,12 +172,12 @@ def test_many_responses_are_sampled_and_rewarded_as_one_by_one(many):
 
 
 def test_targets_and_groups_of_many_responses(many):
-    module = many[0]
+    module, samples = many[:2]
     forms = [solve("best_of(4)", target_kl=0.5), solve("worst_of(16)", target_kl=0.5)]
     edges = np.linspace(0, 1, 65)
     tables = torch.stack([module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])) for form in forms])
     rewards = torch.stack([torch.randperm(64).double(), torch.arange(64) // 4])  # the second in ties of four
-    targets = module.targets_of(rewards, tables)
+    targets = samples.targets_of(rewards, tables)
     for number, form in enumerate(forms):
         low = rewards[0].numpy() / 64
         assert targets[number, 0].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 64), rel=1e-5, abs=1e-6)
@@ -180,16 +185,16 @@ def test_targets_and_groups_of_many_responses(many):
         assert targets[number, 1].numpy() == pytest.approx(form.log_mean_density(low, low + 1 / 16), rel=1e-5, abs=1e-6)
     # Other responses have the targets that they would have in the place of one of the 64.
     others = torch.tensor([[-1.0, 20.5, 99.0], [-1.0, 3.0, 99.0]], dtype=torch.float64)
-    targets = module.targets_of(others, tables, rewards[:, 1:])
+    targets = samples.targets_of(others, tables, rewards[:, 1:])
     for number, column in np.ndindex(2, 3):
         stood_in = torch.cat([others[:, [column]], rewards[:, 1:]], dim=1)
-        expected = module.targets_of(stood_in, tables)[number, :, 0]
+        expected = samples.targets_of(stood_in, tables)[number, :, 0]
         assert targets[number, :, column].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
 
     responses = torch.full((2, 40, 8), -1, dtype=torch.int16)
     for row, place in np.ndindex(2, 40):
         responses[row, place, : 1 + (5 * place + row) % 8] = 3
-    short, long = module.blocks_of(responses, (5, 8))
+    short, long = samples.blocks_of(responses, (5, 8))
     for block, shortest in ((short, 1), (long, 6)):
         lengths = [
             (responses[row, place] >= 0).sum().item() for row, *places in block.groups.tolist() for place in places
@@ -198,14 +203,41 @@ def test_targets_and_groups_of_many_responses(many):
         pairs = [(row, place) for row, *places in block.groups.tolist() for place in places]
         assert len(set(pairs)) == len(pairs)
     assert len(short.groups) == 2 * (25 // 8) and len(long.groups) == 2 * (15 // 8)
-    assert short.share == 5 / 8 and long.share == 3 / 8
+    assert short.share == 5 / 8 and short.in_step == 20 and long.in_step == 12
     steps = short.endless(4)  # six groups, of which every one comes twice in three steps
     assert torch.cat([next(steps) for _ in range(3)]).unique(dim=0, return_counts=True)[1].tolist() == [2] * 6
     assert len(next(short.endless(9))) == 9
 
 
-def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsys):
-    module, base, reward, prompts = many
+def test_own_samples_take_the_place_of_half_the_responses(many):
+    module, samples, base, _, prompts = many
+    cpu = torch.device("cpu")
+    stored = module.stored(base)
+    llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
+    always_one = replace(llama, embedding=200 * llama.embedding)  # states are normed, so only its logits grow
+    laid = samples.Prompts.of(prompts, cpu)
+
+    def score(_, responses):
+        return responses.clamp(min=0).sum(-1).double()  # exact, with ties
+
+    form, edges = solve("best_of(4)", target_kl=0.5), np.linspace(0, 1, 41)
+    table = module.log_cdf(form.log_mean_density(edges[:-1], edges[1:]))[None]
+    responses, rewards = samples.draw(llama, score, laid, 40, 5, 1, 30)
+    targets = samples.targets_of(rewards, table)
+    before, targets_before = responses.clone(), targets.clone()
+    samples.put_own_samples(responses, targets, [always_one, llama], score, laid, rewards[:, 1:], table, 1, 30)
+    assert torch.equal(responses[:, 20:], before[:, 20:]) and torch.equal(targets[..., 20:], targets_before[..., 20:])
+    kinds = [[len(own[:10].unique(dim=0)), len(own[10:20].unique(dim=0))] for own in responses]
+    assert all(of_one == 1 and of_other > 5 for of_one, of_other in kinds)
+    found = score(laid, responses)
+    for row, place in np.ndindex(3, 20):
+        stood_in = torch.cat([found[row, [place]], rewards[row, 1:]])[None]
+        expected = samples.targets_of(stood_in, table)[0, 0, 0]
+        assert targets[0, row, place].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsys, monkeypatch):
+    module, _, base, reward, prompts = many
     form = solve("best_of(4)", target_kl=0.5)
     edges = np.linspace(0, 1, 257)
     inputs = {
@@ -219,8 +251,10 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
         "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
     }
     options = {"seconds": 6, "learning_rate": 1e-2, "at_once": 64, "seed": 0, "prefix": "a-", "rounds": 2}
+    ticks = itertools.count(step=0.1)  # so that it is as many steps on a slow machine
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     module.train(inputs, tmp_path, argparse.Namespace(**options))
-    assert capsys.readouterr().out.count("sampled the policies") >= 1
+    assert capsys.readouterr().out.count("sampled the policies") == 2
     about = json.loads((tmp_path / "a-log.json").read_text())
     assert about["steps"] > 0 and len(about["held_out"]) == 5 and np.isfinite(about["held_out"]).all()
     stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
