@@ -251,7 +251,9 @@ def measure(folder: Path, prefix: str, args: argparse.Namespace) -> None:
         transform, procedure, kl = policy_of(name)
         run = args.out / quality.file_name(f"iapo-{transform}-{procedure}-{kl:g}")
         config = quality.configuration(args, run, transform, procedure, kl)
-        if not (run / "manifests" / "train.json").exists():
+        if (run / "manifests" / "train.json").exists():
+            require_same(run / "adapter", found[name])
+        else:
             share_samples(args.out / "samples", run)
             policy = add_adapter(load_base(config.model), config.train)
             weights = {f"base_model.model.model.{part}.default.weight": value for part, value in found[name].items()}
@@ -269,6 +271,15 @@ def measure(folder: Path, prefix: str, args: argparse.Namespace) -> None:
     quality.print_table(quality.best_of_each(measured), args.seed)
     figures = [vars(one) | {"prompt_win_rates": None, "kl_efficiency": one.kl_efficiency} for one in measured]
     print(json.dumps({"benchmark": "many_responses", "setting": args.setting, "trained": about, "measured": figures}))
+
+
+def require_same(adapter: Path, weights: dict[str, torch.Tensor]) -> None:
+    """An earlier measurement in this --out must not stand in for another training's."""
+    from safetensors.torch import load_file  # not where only `train` runs
+
+    stored = load_file(adapter / "adapter_model.safetensors")
+    if not all(torch.equal(stored[f"base_model.model.model.{part}.weight"], own) for part, own in weights.items()):
+        sys.exit(f"{adapter} was measured before and is not what this folder holds; give another --out or remove it")
 
 
 def main() -> None:

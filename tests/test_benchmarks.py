@@ -260,5 +260,11 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
     stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
     assert [len(part) for part in stored] == [4, 1]
     policy = add_adapter(base, TrainConfig(lora_rank=2))
-    names = {f"base_model.model.model.{name}.default.weight" for name in stored[0][inputs["policies"][0]]}
-    assert names == {name for name in policy.state_dict() if "lora_" in name}
+    first, second = (stored[0][name] for name in inputs["policies"][:2])
+    weights = {f"base_model.model.model.{name}.default.weight": value for name, value in first.items()}
+    assert set(weights) == {name for name in policy.state_dict() if "lora_" in name}
+    policy.load_state_dict(weights, strict=False)
+    policy.save_pretrained(tmp_path / "adapter")
+    module.require_same(tmp_path / "adapter", first)
+    with pytest.raises(SystemExit, match="give another --out"):
+        module.require_same(tmp_path / "adapter", second)
