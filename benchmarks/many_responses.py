@@ -274,12 +274,12 @@ def measure(folder: Path, prefix: str, args: argparse.Namespace) -> None:
 
 
 def require_same(adapter: Path, weights: dict[str, torch.Tensor]) -> None:
-    """An earlier measurement in this --out must not stand in for another training's."""
+    """What was measured in this --out before, and is read again, must be this training's."""
     from safetensors.torch import load_file  # not where only `train` runs
 
     stored = load_file(adapter / "adapter_model.safetensors")
     if not all(torch.equal(stored[f"base_model.model.model.{part}.weight"], own) for part, own in weights.items()):
-        sys.exit(f"{adapter} was measured before and is not what this folder holds; give another --out or remove it")
+        sys.exit(f"{adapter} is of another training: remove all but samples from {adapter.parents[1]}")
 
 
 def main() -> None:

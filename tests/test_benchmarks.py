@@ -247,7 +247,7 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
         "end": 1,
         "widths": (3, 6),
         "rank": 2,
-        "policies": [f"optimal best_of(4) {number}" for number in range(5)],
+        "policies": [f"optimal best_of(4) {number}" for number in range(1, 6)],
         "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
     }
     options = {"seconds": 6, "learning_rate": 1e-2, "at_once": 64, "seed": 0, "prefix": "a-", "rounds": 2}
@@ -263,8 +263,18 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
     first, second = (stored[0][name] for name in inputs["policies"][:2])
     weights = {f"base_model.model.model.{name}.default.weight": value for name, value in first.items()}
     assert set(weights) == {name for name in policy.state_dict() if "lora_" in name}
+    quality = importlib.import_module("benchmarks.quality")
+    args = quality.parse(["bundled", "--procedures", "best_of(4)", "--out", str(tmp_path)])
+    run = args.out / "iapo-optimal-best-of-4-1"
     policy.load_state_dict(weights, strict=False)
-    policy.save_pretrained(tmp_path / "adapter")
-    module.require_same(tmp_path / "adapter", first)
-    with pytest.raises(SystemExit, match="give another --out"):
-        module.require_same(tmp_path / "adapter", second)
+    policy.save_pretrained(run / "adapter")
+    module.require_same(run / "adapter", first)
+    with pytest.raises(SystemExit, match="of another training"):
+        module.require_same(run / "adapter", second)
+    last = list(weights)[-1]
+    policy.load_state_dict({last: weights[last] + 1}, strict=False)  # the rest are alike
+    policy.save_pretrained(run / "adapter")
+    (run / "manifests").mkdir()
+    (run / "manifests" / "train.json").write_text("{}")
+    with pytest.raises(SystemExit, match="of another training"):
+        module.measure(tmp_path, "a-", args)
