@@ -1,4 +1,4 @@
-"""Responses in tensors for benchmarks/many_responses.py: drawn, rewarded, given their targets, grouped into steps."""
+"""Responses in tensors, for many_responses.py and on_policy.py: drawn, rewarded, with targets, grouped into steps."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""A small Llama in plain torch with many LoRA adapters side by side, for benchmarks/many_responses.py.
+"""A small Llama in plain torch with many LoRA adapters side by side, for many_responses.py and on_policy.py.
 
 P policies are one base with P adapters: every activation has a first dimension of P, so that small models fill a GPU.
 Responses to a prompt share it: G prompts of n responses each, padded at the end to the widths that a CUDA graph has.
@@ -85,9 +85,13 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
 
 def log_probs(llama: Llama, batch: Batch, wanted: Tensor, adapters: Adapters | None) -> Tensor:
     """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: what follows each of the rows' tokens, or below 0."""
-    hidden = hidden_states(llama, batch, adapters)
+    return token_log_probs(llama, hidden_states(llama, batch, adapters), wanted).sum(-1)
+
+
+def token_log_probs(llama: Llama, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Log-probs of tokens [P, G, n, R] in nats, 0 where there is none, from hidden states [P, G, n, R, d]."""
     targets = wanted.expand(len(hidden), -1, -1, -1)
-    return -_fused_losses(hidden, llama.norm, llama.embedding, targets, llama.eps).sum(-1)
+    return -_fused_losses(hidden, llama.norm, llama.embedding, targets, llama.eps)
 
 
 def _losses(hidden: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, eps: float) -> Tensor:

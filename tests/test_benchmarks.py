@@ -278,3 +278,90 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
     (run / "manifests" / "train.json").write_text("{}")
     with pytest.raises(SystemExit, match="of another training"):
         module.measure(tmp_path, "a-", args)
+
+
+@pytest.fixture
+def on_policy(many):
+    return importlib.import_module("benchmarks.on_policy")
+
+
+@pytest.mark.parametrize("critic, decay", [("any", 1.0), ("exact", 0.5), ("exact", 0.0)])
+def test_advantages_give_the_gradient_of_the_kl_to_the_target(on_policy, critic, decay):
+    """By enumeration of responses of up to 3 of 3 tokens, of which 0 ends them: whatever the critic, or with any λ."""
+    generator = torch.Generator().manual_seed(0)
+    responses = [r for n in (1, 2, 3) for r in itertools.product(range(3), repeat=n) if 0 not in r[:-1]]
+    responses = torch.tensor([[*r, *[-1] * (3 - len(r))] for r in responses if len(r) == 3 or r[-1] == 0])
+    live = responses >= 0
+    prefixes = sorted({tuple(own[:n]) for own in responses.tolist() for n in range(3) if min(own[:n], default=1) > 0})
+    assert len(responses) == 1 + 2 + 4 * 3 and len(prefixes) == 1 + 2 + 4  # none goes on behind its end
+    row = {prefix: number for number, prefix in enumerate(prefixes)}
+    places = torch.tensor([[row.get(tuple(own[:n]), 0) for n in range(3)] for own in responses.tolist()])
+    logits = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.double).requires_grad_()
+    reference = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.double).log_softmax(-1)
+    log_f = torch.randn(len(responses), generator=generator, dtype=torch.double)
+
+    def of_tokens(table):
+        return table[places].gather(-1, responses.clamp(min=0)[..., None])[..., 0] * live
+
+    log_probs, plain = of_tokens(logits.log_softmax(-1)), of_tokens(reference)
+    share = log_probs.sum(-1).exp()
+    assert share.sum().item() == pytest.approx(1)
+    (expected,) = torch.autograd.grad((share * ((log_probs - plain).sum(-1) - log_f)).sum(), logits, retain_graph=True)
+    ratios = (log_probs - plain).detach()
+    values = torch.randn(len(prefixes), generator=generator, dtype=torch.double)[places]
+    if critic == "exact":
+        for prefix, number in row.items():
+            below = [tuple(own[: len(prefix)]) == prefix for own in responses.tolist()]
+            to_go = ratios[:, len(prefix) :].sum(-1) - log_f
+            values[live & (places == number)] = (share * to_go)[below].sum().detach() / share[below].sum().detach()
+    found = on_policy.advantages(ratios, on_policy.increments(values, log_f, live), live, decay)
+    (gradient,) = torch.autograd.grad((share.detach() * (found * log_probs).sum(-1)).sum(), logits)
+    assert gradient.flatten().tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-9)
+    assert expected.abs().max() > 0.01
+
+
+def test_the_critic_says_what_earlier_samples_taught(on_policy, monkeypatch):
+    monkeypatch.setattr(on_policy, "RIDGE", 1e-3)
+    critic, generator = on_policy.Critic(), torch.Generator().manual_seed(0)
+    first, second, other = (torch.randn(200, 3, generator=generator) * 5 for _ in range(3))
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    centre = first.mean(0)
+    assert critic.predict_then_learn(2, first, (first - centre) @ weights).abs().max() == 0
+    found = critic.predict_then_learn(2, second, (second - centre) @ weights)
+    assert found.tolist() == pytest.approx(((second - centre) @ weights).tolist(), abs=1e-3)
+    assert critic.predict_then_learn(3, other, other @ weights).abs().max() == 0  # of another place
+
+
+def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp_path, capsys, monkeypatch):
+    module, _, base, reward, prompts = many
+    form, edges = solve("worst_of(4)", target_kl=0.5), np.linspace(0, 1, 257)
+    inputs = {
+        "base": module.stored(base),
+        "reward": module.stored(reward),
+        "prompts": {"train": prompts, "holdout": prompts},
+        "end": 1,
+        "widths": (3, 6),
+        "policies": ["optimal best_of(4) 9", "optimal worst_of(4) 0.5"],
+        "log_cdfs": torch.stack(
+            [torch.zeros(257).double(), module.log_cdf(form.log_mean_density(edges[:-1], edges[1:]))]
+        ),
+    }
+    name = inputs["policies"][1]
+    plain = module.Stack(module.Llama.of(*inputs["base"].values(), torch.float32, torch.device("cpu")), 1, 2, "cpu")
+    ticks = itertools.count(step=0.1)
+    monkeypatch.setattr(on_policy, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    args = argparse.Namespace(seconds=25, learning_rate=1e-2, at_once=1024, seed=0)
+    on_policy.train(inputs, name, [plain.weights(0)], tmp_path, args)
+    about = json.loads((tmp_path / "log.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == json.dumps({"benchmark": "on_policy", **about})
+    assert about["last"]["kl_to_target"] < 0.7 * about["history"][0]["kl_to_target"]
+    assert about["last"]["kl"] > 0.1 and about["history"][0]["kl"] == pytest.approx(0, abs=0.02)
+    stored = torch.load(tmp_path / "adapters0.pt")[name]
+    policy = add_adapter(base, TrainConfig(lora_rank=16))
+    weights = {f"base_model.model.model.{part}.default.weight": value for part, value in stored.items()}
+    assert not policy.load_state_dict(weights, strict=False).unexpected_keys
+    assert set(weights) == {part for part in policy.state_dict() if "lora_" in part}
+    layers = sorted({part.rsplit(".", 1)[0] for part in stored})
+    for mean, layer in zip(on_policy.mean_of([stored, plain.weights(0)], layers), layers, strict=True):
+        change = stored[f"{layer}.lora_B"] @ stored[f"{layer}.lora_A"]
+        assert change.abs().max() > 1e-3 and torch.allclose(mean, change / 2)
