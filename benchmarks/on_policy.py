@@ -122,9 +122,9 @@ def increments(values: Tensor, log_f: Tensor, live: Tensor) -> Tensor:
     return torch.where(lives_on, later, end).sub(values) * live
 
 
-def advantages(log_ratios: Tensor, rises: Tensor, live: Tensor, decay: float) -> Tensor:
+def advantages(log_ratios: Tensor, rises: Tensor, decay: float) -> Tensor:
     """Σ_{k ≥ s} decay^{k − s} (Δ_k + V(y_≤k) − V(y_<k)) of each token s [..., R]: what it costs beyond expectation."""
-    surprises = (log_ratios + rises) * live
+    surprises = log_ratios + rises  # 0 behind the last token
     found, running = torch.empty_like(surprises), torch.zeros_like(surprises[..., 0])
     for place in reversed(range(surprises.shape[-1])):
         running = surprises[..., place] + decay * running
@@ -269,11 +269,11 @@ def train(
         for _ in range(1 if step else 2):  # what is drawn first only teaches the critic
             drawn = draw_own(policy, base, of_training, critic, training, chosen, length, end)
         for rows, responses, reference, rises in drawn.groups():
-            wanted, live = responses.long(), responses >= 0
+            wanted = responses.long()
             policy = changed(exact, changes, dtype)
             found = token_log_probs(policy, hidden_states(policy, training.batch(rows, wanted), None), wanted)[0]
-            weighed = advantages(found.detach() - reference, rises, live, LAMBDA)
-            gradient = torch.autograd.grad((weighed * found).sum() / len(live.flatten(0, 1)), changes)
+            weighed = advantages(found.detach() - reference, rises, LAMBDA)
+            gradient = torch.autograd.grad((weighed * found).sum(-1).mean(), changes)
             spent = (time.perf_counter() - trained_from) / (began + args.seconds - trained_from)
             if spent >= 1:
                 break

@@ -314,10 +314,15 @@ def test_advantages_give_the_gradient_of_the_kl_to_the_target(on_policy, critic,
             below = [tuple(own[: len(prefix)]) == prefix for own in responses.tolist()]
             to_go = ratios[:, len(prefix) :].sum(-1) - log_f
             values[live & (places == number)] = (share * to_go)[below].sum().detach() / share[below].sum().detach()
-    found = on_policy.advantages(ratios, on_policy.increments(values, log_f, live), live, decay)
+    found = on_policy.advantages(ratios, on_policy.increments(values, log_f, live), decay)
     (gradient,) = torch.autograd.grad((share.detach() * (found * log_probs).sum(-1)).sum(), logits)
     assert gradient.flatten().tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-9)
     assert expected.abs().max() > 0.01
+
+
+def test_later_tokens_count_less_the_further_off_they_are(on_policy):
+    found = on_policy.advantages(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 2.0, -3.0]), 0.5)
+    assert found.tolist() == [1 + 4 / 2 + 1 / 4, 4 + 1 / 2, 1]
 
 
 def test_the_critic_says_what_earlier_samples_taught(on_policy, monkeypatch):
@@ -330,6 +335,61 @@ def test_the_critic_says_what_earlier_samples_taught(on_policy, monkeypatch):
     found = critic.predict_then_learn(2, second, (second - centre) @ weights)
     assert found.tolist() == pytest.approx(((second - centre) @ weights).tolist(), abs=1e-3)
     assert critic.predict_then_learn(3, other, other @ weights).abs().max() == 0  # of another place
+    features = (torch.cat([first, second]) - centre) / (first.std(0) + 1e-3)
+    wanted = torch.cat([(first - centre) @ weights, (second - centre) @ weights])
+    critic.predict_then_learn(2, other, -other @ weights)  # what was taught before weighs less
+    features, wanted = (
+        torch.cat([features, (other - centre) / (first.std(0) + 1e-3)]),
+        torch.cat([wanted, -other @ weights]),
+    )
+    shares = (0.85 ** torch.tensor([2.0, 1.0, 0.0])).repeat_interleave(200).sqrt()
+    expected = torch.linalg.lstsq(features * shares[:, None], wanted * shares).solution
+    assert critic.weights[2].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
+    """From any token on, cost to go and expected cost add up to Δ − 0.8 log f less the prompt's mean."""
+    module, samples, base, reward, prompts = many
+    cpu, stored = torch.device("cpu"), module.stored(base)
+    plain = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
+    policy = replace(plain, embedding=plain.embedding * 1.3)
+    laid, score = samples.Prompts.of(prompts, cpu), samples.reward_model(module.stored(reward), 1, cpu)
+    form, edges = solve("worst_of(4)", target_kl=0.5), np.linspace(0, 1, 65)
+    table = module.log_cdf(form.log_mean_density(edges[:-1], edges[1:]))[None]
+    rewards = samples.draw(plain, score, laid, 64, 6, 1, 64)[1]
+    judge, critic, chosen = on_policy.Judge(score, rewards, table), on_policy.Critic(), torch.tensor([2, 0])
+    among = samples.Prompts(laid.tokens[chosen], laid.lengths[chosen], laid.last[chosen])
+    for number in range(2):
+        drawn = on_policy.draw_own(policy, plain, judge, critic, laid, chosen, 6, 1)
+        wanted, live = drawn.responses.long(), drawn.responses >= 0
+        batch = laid.batch(chosen, wanted)
+        ours, theirs = (
+            on_policy.token_log_probs(one, on_policy.hidden_states(one, batch, None), wanted)[0]
+            for one in (policy, plain)
+        )
+        assert torch.equal(theirs, drawn.reference)
+        log_f = samples.targets_of(score(among, drawn.responses).double(), table, rewards[chosen][:, 1:])[0]
+        cost = ((ours - theirs).sum(-1) - 0.8 * log_f).clamp(-10, 10)
+        expected = (cost - cost.mean(1, keepdim=True))[..., None] * live
+        found = on_policy.advantages(ours - theirs, drawn.increments, 1.0)
+        assert torch.allclose(found[..., 0], expected[..., 0], atol=1e-4)
+        rest = (found - expected)[..., 1:][live[..., 1:]]
+        if number:  # what the critic learned from the first drawing, and it is right about some of it
+            assert found[live].square().mean() < 0.9 * expected[live].square().mean()
+        else:
+            assert rest.abs().max() < 1e-4
+    rows = []
+    for chosen_rows, responses, reference, rises in drawn.groups():
+        batch, wanted = laid.batch(chosen_rows, responses.long()), responses.long()
+        again = on_policy.token_log_probs(plain, on_policy.hidden_states(plain, batch, None), wanted)[0]
+        assert torch.allclose(again, reference, atol=1e-5) and reference.shape == rises.shape
+        rows += [*zip(responses.flatten(0, 1).tolist(), rises.flatten(0, 1).tolist(), strict=True)]
+    every = zip(drawn.responses.flatten(0, 1).tolist(), drawn.increments.flatten(0, 1).tolist(), strict=True)
+    assert sorted(rows) == sorted(every)
+    ranks = on_policy.Judge(score, torch.tensor([[3.0, 1.0, 2.0]]), table).rank(
+        torch.tensor([[0.0, 1.5, 9.0]]), torch.tensor([0])
+    )
+    assert ranks[0].tolist() == [0.5 / 4, 1.5 / 4, 3.5 / 4]
 
 
 def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp_path, capsys, monkeypatch):
@@ -355,6 +415,7 @@ def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp
     about = json.loads((tmp_path / "log.json").read_text())
     assert capsys.readouterr().out.splitlines()[-1] == json.dumps({"benchmark": "on_policy", **about})
     assert about["last"]["kl_to_target"] < 0.7 * about["history"][0]["kl_to_target"]
+    assert about["history"][0]["explained"] == pytest.approx(0, abs=0.01) and about["last"]["explained"] > 0.2
     assert about["last"]["kl"] > 0.1 and about["history"][0]["kl"] == pytest.approx(0, abs=0.02)
     stored = torch.load(tmp_path / "adapters0.pt")[name]
     policy = add_adapter(base, TrainConfig(lora_rank=16))
@@ -365,3 +426,19 @@ def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp
     for mean, layer in zip(on_policy.mean_of([stored, plain.weights(0)], layers), layers, strict=True):
         change = stored[f"{layer}.lora_B"] @ stored[f"{layer}.lora_A"]
         assert change.abs().max() > 1e-3 and torch.allclose(mean, change / 2)
+    # Without time it is the mean alone; without the policy it says so.
+    (tmp_path / "plain").mkdir()
+    torch.save({name: plain.weights(0)}, tmp_path / "plain" / "adapters0.pt")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    given = ["on_policy", *map(str, (tmp_path / "inputs.pt", tmp_path / "mean", "--seconds", 0, "--start"))]
+    monkeypatch.setattr("sys.argv", [*given, str(tmp_path), str(tmp_path / "plain"), "--policy", name])
+    on_policy.main()
+    mean = torch.load(tmp_path / "mean" / "adapters0.pt")[name]
+    assert all(
+        torch.allclose(mean[f"{one}.lora_B"] @ mean[f"{one}.lora_A"], change / 2, atol=1e-6)
+        for one in layers
+        for change in [stored[f"{one}.lora_B"] @ stored[f"{one}.lora_A"]]
+    )
+    monkeypatch.setattr("sys.argv", [*given, str(tmp_path)])
+    with pytest.raises(SystemExit, match="0 of 1 folders in --start have 'optimal best_of"):
+        on_policy.main()
