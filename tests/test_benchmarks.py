@@ -378,6 +378,13 @@ def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
             assert found[live].square().mean() < 0.9 * expected[live].square().mean()
         else:
             assert rest.abs().max() < 1e-4
+    alike = {}  # what a token is expected to bring is known by then, whatever follows
+    for row, place in np.ndindex(2, 128):
+        for count in range(2, int(live[row, place].sum())):
+            prefix = (row, *drawn.responses[row, place, :count].tolist())
+            alike.setdefault(prefix, []).append(drawn.increments[row, place, count - 1].item())
+    spreads = [max(rises) - min(rises) for rises in alike.values() if len(rises) > 1]
+    assert len(spreads) > 10 and max(spreads) < 1e-4
     rows = []
     for chosen_rows, responses, reference, rises in drawn.groups():
         batch, wanted = laid.batch(chosen_rows, responses.long()), responses.long()
@@ -411,7 +418,10 @@ def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp
     ticks = itertools.count(step=0.1)
     monkeypatch.setattr(on_policy, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     args = argparse.Namespace(seconds=25, learning_rate=1e-2, at_once=1024, seed=0)
+    draw_own, drawn_for = on_policy.draw_own, []
+    monkeypatch.setattr(on_policy, "draw_own", lambda *rest: drawn_for.append(rest[5]) or draw_own(*rest))
     on_policy.train(inputs, name, [plain.weights(0)], tmp_path, args)
+    assert drawn_for[0] is drawn_for[1] and drawn_for[1] is not drawn_for[2]  # the first for the critic alone
     about = json.loads((tmp_path / "log.json").read_text())
     assert capsys.readouterr().out.splitlines()[-1] == json.dumps({"benchmark": "on_policy", **about})
     assert about["last"]["kl_to_target"] < 0.7 * about["history"][0]["kl_to_target"]
