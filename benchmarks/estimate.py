@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.training import RANK, SHAPES, SIZES, allocated, llama_config, make_policy, make_rows, matrix_rate
 from iapo import objectives
+from iapo.config import TrainConfig
 from iapo.dry_run import training_pass
 from iapo.estimate import SHARE
 from iapo.logprobs import make_batch, response_logprobs, sharing_of
@@ -65,7 +66,8 @@ def measure(size: str, shape: tuple[int, int, int], checkpointing: bool, repeats
     taken, peak = seconds(step, repeats), allocated(step)
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_config(size))
-    counted = training_pass(model, RANK, [shape], sum(shape[:2]) * shape[2], checkpointing, False, "cpu")
+    train = TrainConfig(lora_rank=RANK)
+    counted = training_pass(model, train, [shape], sum(shape[:2]) * shape[2], checkpointing, False, "cpu")
     predicted = counted.seconds(SHARE * matrix_rate(time.process_time), SHARE * bandwidth(), launch())
     case = {"size": size, "shape": shape, "checkpointing": checkpointing}
     return case | {"bytes": peak, "predicted_bytes": counted.peak, "seconds": taken, "predicted_seconds": predicted}

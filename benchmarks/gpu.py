@@ -157,10 +157,12 @@ def predicted_peak(size: str, shape: tuple[int, int, int], together: int, nf4: b
             model = LlamaForCausalLM(llama_config(size)).to(torch.bfloat16)
         return quantize(model, torch.bfloat16) if nf4 else model
 
-    def one_pass(model: Any) -> Any:
-        return training_pass(model, RANK, [shape], shape[0] + together * shape[1], nf4, True, "cuda")
+    train = TrainConfig(lora_rank=RANK)
 
-    return at_full_depth(make, one_pass).peak + (ADAPTER_BYTES - 4) * adapter_parameters(make(), RANK)
+    def one_pass(model: Any) -> Any:
+        return training_pass(model, train, [shape], shape[0] + together * shape[1], nf4, True, "cuda")
+
+    return at_full_depth(make, one_pass).peak + (ADAPTER_BYTES - 4) * adapter_parameters(make(), train)
 
 
 def matrix_rate(device: torch.device, width: int) -> float:

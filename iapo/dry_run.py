@@ -240,13 +240,19 @@ def _four_bit(layer: Any, shape: tuple[int, int], dtype: torch.dtype, x: Tensor)
 
 
 def training_pass(
-    model: Any, rank: int, rows: Sequence[Lengths], budget: int, checkpointing: bool, autocast: bool, device: str
+    model: Any,
+    train: TrainConfig,
+    rows: Sequence[Lengths],
+    budget: int,
+    checkpointing: bool,
+    autocast: bool,
+    device: str,
 ) -> Counted:
     """Forward and backward of the fullest forward pass of a LoRA training step on the rows, by `train`'s own code.
 
     autocast: in bfloat16. The adapter's gradients are there before, as in all forward passes of a step but the first.
     """
-    policy = add_adapter(model.requires_grad_(False).eval(), TrainConfig(lora_rank=rank))
+    policy = add_adapter(model.requires_grad_(False).eval(), train)
     with without_data(policy, device):
         sharing = _sharing(policy)
         if checkpointing:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from iapo.config import Config, ModelConfig, RewardConfig
+from iapo.config import Config, ModelConfig, RewardConfig, TrainConfig
 from iapo.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def estimate(config: Config, card: Card) -> list[Need]:
     step = _count(
         base,
         lambda model: training_pass(
-            model, train.lora_rank, rows(train.batch_size, together), budget, train.gradient_checkpointing, True, "cuda"
+            model, train, rows(train.batch_size, together), budget, train.gradient_checkpointing, True, "cuda"
         ),
     )
-    adapter = ADAPTER_BYTES * adapter_parameters(base(), train.lora_rank)
+    adapter = ADAPTER_BYTES * adapter_parameters(base(), train)
     evaluated = held_out * config.evaluate.samples_per_prompt * (2 + len(config.evaluate.adapters))
     own_samples = weights + max(last.peak, reference.peak) + OVERHEAD, drawing + 2 * seconds(reference)
     trained = (prompts - held_out) * each * train.epochs
@@ -164,12 +164,11 @@ def weight_bytes(model: Any) -> float:
     return sum(p.nbytes * (2 * NF4_BYTES if p.dtype.itemsize == 1 else 1) for p in model.parameters())
 
 
-def adapter_parameters(model: Any, rank: int) -> int:
-    """Numbers in a LoRA adapter of that rank."""
-    from iapo.config import TrainConfig
+def adapter_parameters(model: Any, train: TrainConfig) -> int:
+    """Numbers in the adapter that is trained."""
     from iapo.train import add_adapter
 
-    policy = add_adapter(model.requires_grad_(False), TrainConfig(lora_rank=rank))
+    policy = add_adapter(model.requires_grad_(False), train)
     return sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
 
 

@@ -136,7 +136,7 @@ def meet(
 
     scale = find_factor(kl_of, target_kl)
     set_factor(scale.factor)
-    policy.save_pretrained(adapter)
+    policy.save_pretrained(adapter, save_embedding_layers=False)
     if abs(scale.kl / target_kl - 1) > 0.1:
         log.warning(
             "train: the adapter times %.3g spends %.3g nats where %.3g were asked for; %s, then `iapo train --restart`",

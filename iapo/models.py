@@ -2,6 +2,7 @@
 
 import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from iapo.errors import UserError
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part")  # as README says
 
 
 def device() -> torch.device:

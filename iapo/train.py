@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from iapo import kl_budget, objectives
 from iapo.config import Config, TrainConfig
@@ -142,7 +144,11 @@ def spread(rows: list[Row], most: int) -> list[Row]:
 
 
 def add_adapter(base: Any, config: TrainConfig) -> Any:
-    """The base with a new LoRA adapter on every linear layer; it starts as the reference (B = 0). Neither drops out."""
+    """The base with a new LoRA adapter on every linear layer; it starts as the reference (B = 0). Neither drops out.
+
+    On the output layer too if configured, which PEFT's "all-linear" leaves out. Where it is tied to the embedding, only
+    what it adds to logits is trained: the embedding stays.
+    """
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -152,10 +158,19 @@ def add_adapter(base: Any, config: TrainConfig) -> Any:
         r=config.lora_rank,
         lora_alpha=config.lora_rank,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=linear_layers(base) if config.output_layer else "all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, lora)
+    policy = get_peft_model(base, lora)
+    save = partial(policy.save_pretrained, save_embedding_layers=False)
+    vars(policy).update(save_pretrained=save)  # checkpoints too are without the base's own output matrix
+    return policy
+
+
+def linear_layers(model: Any) -> list[str]:
+    """The names, as PEFT matches them, of all linear layers and the output layer."""
+    kinds = (torch.nn.Linear, Conv1D)  # quantized layers are of these kinds
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, kinds)})
 
 
 def finite(entry: dict[str, Any]) -> dict[str, Any]:

@@ -48,28 +48,35 @@ def test_weights_take_the_bytes_that_the_quantized_model_takes(wide_model):
     assert weight_bytes(make_model(ModelConfig(base=str(wide_model)))()) == pytest.approx(stored + constants, rel=0.02)
 
 
-def test_adapter_has_the_parameters_of_the_real_one(wide_model):
-    policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), TrainConfig(lora_rank=4))
-    parameters = sum(tensor.numel() for tensor in get_peft_model_state_dict(policy).values())
-    assert adapter_parameters(make_model(ModelConfig(base=str(wide_model)))(), 4) == parameters
+@pytest.mark.parametrize("output_layer", [False, True])
+def test_adapter_has_the_parameters_of_the_real_one(wide_model, output_layer):
+    train = TrainConfig(lora_rank=4, output_layer=output_layer)
+    policy = add_adapter(load_base(ModelConfig(base=str(wide_model), quantization="none")), train)
+    parameters = sum(
+        tensor.numel() for tensor in get_peft_model_state_dict(policy, save_embedding_layers=False).values()
+    )
+    assert adapter_parameters(make_model(ModelConfig(base=str(wide_model)))(), train) == parameters
 
 
 @pytest.mark.parametrize(
-    ("prompt", "response", "count", "checkpointing", "quantization", "dtype"),
+    ("prompt", "response", "count", "checkpointing", "quantization", "dtype", "output_layer"),
     [
-        (60, 41, 4, False, "none", "float32"),
-        (60, 41, 4, True, "none", "float32"),
-        (5, 30, 12, False, "none", "float32"),
-        (200, 10, 3, True, "none", "bfloat16"),
-        (60, 41, 4, False, "nf4", "bfloat16"),
-        (60, 41, 4, True, "nf4", "bfloat16"),
+        (60, 41, 4, False, "none", "float32", False),
+        (60, 41, 4, False, "none", "float32", True),
+        (60, 41, 4, True, "none", "float32", False),
+        (5, 30, 12, False, "none", "float32", False),
+        (200, 10, 3, True, "none", "bfloat16", False),
+        (60, 41, 4, False, "nf4", "bfloat16", False),
+        (60, 41, 4, True, "nf4", "bfloat16", False),
+        (60, 41, 4, True, "nf4", "bfloat16", True),
     ],
 )
 def test_memory_of_a_training_pass_is_what_is_allocated(
-    wide_model, prompt, response, count, checkpointing, quantization, dtype
+    wide_model, prompt, response, count, checkpointing, quantization, dtype, output_layer
 ):
     config = ModelConfig(base=str(wide_model), quantization=quantization, dtype=dtype)
-    policy = add_adapter(load_base(config), TrainConfig(lora_rank=4))
+    train = TrainConfig(lora_rank=4, output_layer=output_layer)
+    policy = add_adapter(load_base(config), train)
     batch = make_batch([[5] * prompt] * count, [[6] * response] * count, 0, sharing_of(policy))
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -82,7 +89,8 @@ def test_memory_of_a_training_pass_is_what_is_allocated(
         loss.backward()
 
     step()  # the gradients are there from now on
-    found = training_pass(make_model(config)(), 4, [(prompt, response, count)], 10_000, checkpointing, autocast, "cpu")
+    shapes = [(prompt, response, count)]
+    found = training_pass(make_model(config)(), train, shapes, 10_000, checkpointing, autocast, "cpu")
     assert found.peak == pytest.approx(allocated(step), rel=0.1)
 
 
@@ -116,7 +124,7 @@ def test_depth_is_extended_from_two_shallow_models():
             return AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **settings, layer_types=kinds))
 
     for count in (
-        lambda model: training_pass(model, 2, [(5, 4, 3)], 100, True, True, "cuda"),
+        lambda model: training_pass(model, TrainConfig(lora_rank=2), [(5, 4, 3)], 100, True, True, "cuda"),
         lambda model: sampling_step(model, 5, 9, 2, 2),
     ):
         whole, extended = count(make()), at_full_depth(make, count)

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_config, with_random_weights
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PrinterCallback
 
 from iapo.closed_form import solve
@@ -17,7 +18,7 @@ from iapo.config import ObjectiveConfig, TrainConfig, load_config
 from iapo.errors import UserError
 from iapo.few_samples import rank_targets
 from iapo.logprobs import logprobs_of, make_batch, response_logprobs, sharing_of
-from iapo.models import load_base, load_tokenizer
+from iapo.models import load_base, load_policy, load_tokenizer
 from iapo.pipeline import run_stage
 from iapo.store import read_manifest, read_table, write_table
 from iapo.targets import solve_objective, target_table
@@ -280,6 +281,24 @@ def test_an_adapter_covers_every_linear_layer_without_dropout():
     names = {name.split(".")[-4] for name, p in policy.named_parameters() if "lora_A" in name}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all(not isinstance(module, torch.nn.Dropout) or module.p == 0 for module in policy.modules())
+
+
+def test_the_output_layer_has_an_adapter_if_asked_for(calibrated, iapo):
+    """Trained, scaled and read again like the others, with none of the base's own weights in its file."""
+    path = calibrated(train={"output_layer": True})
+    assert iapo("train", path).code == 0
+    config = load_config(path)
+    stored = load_file(config.run / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in stored} > {"lm_head", "q_proj"}
+    assert all(".lora_A." in name or ".lora_B." in name for name in stored)
+    assert stored["base_model.model.lm_head.lora_B.weight"].abs().max() > 0
+    policy, base = load_policy(config.model, config.run / "adapter"), load_base(config.model)
+    ids = torch.tensor([[5, 6, 7]])
+    with policy.disable_adapter():
+        assert torch.equal(policy(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert not torch.allclose(policy(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-4)
+    assert torch.equal(policy.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert iapo("evaluate", path).code == 0
 
 
 def test_a_base_that_drops_out_does_so_no_more():
