@@ -5,12 +5,12 @@
     python benchmarks/many_responses.py measure FOLDER SETTING [as quality.py]          # where it was prepared
 
 `iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (`objectives.pointwise`) with
-LoRA on the same layers runs as a CUDA graph, all policies at once on the same responses, until --seconds are over: Adam
-with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward models score the tokens as
-sampled. FILE holds models, prompts and log F of each policy. With --rounds half of the responses are replaced, so
-often in the second half of the time, by as many of the policies' own, whose targets are those of their places among
-the reference's: least squares are right for any distribution, so all policies learn from all. On a CPU the products
-are in float32 and nothing is compiled.
+LoRA on the linear layers and the output layer runs as a CUDA graph, all policies at once on the same responses, until
+--seconds are over: Adam with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward
+models score the tokens as sampled. FILE holds models, prompts and log F of each policy. With --rounds half of the
+responses are replaced, so often in the second half of the time, by as many of the policies' own, whose targets are
+those of their places among the reference's: least squares are right for any distribution, so all policies learn from
+all. On a CPU the products are in float32 and nothing is compiled.
 """
 
 import argparse
@@ -256,7 +256,7 @@ def measure(folder: Path, prefix: str, args: argparse.Namespace) -> None:
         else:
             share_samples(args.out / "samples", run)
             policy = add_adapter(load_base(config.model), config.train)
-            weights = {f"base_model.model.model.{part}.default.weight": value for part, value in found[name].items()}
+            weights = {f"base_model.model.{part}.default.weight": value for part, value in found[name].items()}
             _, unexpected = policy.load_state_dict(weights, strict=False)
             assert not unexpected and len(weights) == sum("lora_" in part for part in policy.state_dict())
             policy.save_pretrained(run / "adapter")
@@ -278,7 +278,7 @@ def require_same(adapter: Path, weights: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import load_file  # not where only `train` runs
 
     stored = load_file(adapter / "adapter_model.safetensors")
-    if not all(torch.equal(stored[f"base_model.model.model.{part}.weight"], own) for part, own in weights.items()):
+    if not all(torch.equal(stored[f"base_model.model.{part}.weight"], own) for part, own in weights.items()):
         sys.exit(f"{adapter} is of another training: remove all but samples from {adapter.parents[1]}")
 
 

@@ -7,8 +7,8 @@ It begins at the mean of the weights of the policies in --start, which has less 
 KL(π ‖ π*) = E_π[Δ − log f], whose gradient is the mean of Σ_s A_s ∇ log π(y_s | y_<s). The advantages A of tokens are
 generalized ones (arXiv 1506.02438) of a critic: ridge regression of Δ − log f on what a prefix tells, which is its own
 reward among the reference's, its log-ratio and its hidden state. On HH they have a fifth of the variance of Δ − log f,
-which every token would have alone. All weights of the linear layers are trained, by Muon with a cosine, and stored as
-adapters whose rank is the hidden size (192 on HH). Needs no GPU.
+which every token would have alone. All weights of the linear layers and of the output layer are trained, by Muon with a
+cosine, and stored as adapters whose rank is the hidden size (192 on HH). Needs no GPU.
 """
 
 import argparse
@@ -29,7 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.many_samples import Prompts, Rewards, bigram_rewards, draw, reward_model, targets_of  # noqa: E402
-from benchmarks.stacked_llama import LINEAR, Llama, hidden_states, sample, token_log_probs  # noqa: E402
+from benchmarks.stacked_llama import (  # noqa: E402
+    Llama,
+    by_block,
+    hidden_states,
+    layer_names,
+    log_probs,
+    sample,
+    token_log_probs,
+)
 from iapo.objectives import floored  # noqa: E402
 
 PROMPTS, SAMPLES = 128, 128
@@ -154,8 +162,8 @@ def draw_own(
         )
         batch, wanted = prompts.batch(some, responses.long()), responses.long()
         hidden, plain = hidden_states(policy, batch, None), hidden_states(base, batch, None)
-        reference = token_log_probs(base, plain, wanted)[0]
-        log_ratios = token_log_probs(policy, hidden, wanted)[0] - reference
+        reference = token_log_probs(base, plain, wanted, None)[0]
+        log_ratios = token_log_probs(policy, hidden, wanted, None)[0] - reference
         found.append(
             (responses, reference, log_ratios, F.rms_norm(hidden[0], hidden.shape[-1:], policy.norm, policy.eps))
         )
@@ -180,13 +188,12 @@ def draw_own(
 
 
 def changed(base: Llama, changes: list[Tensor], dtype: torch.dtype) -> Llama:
-    """The base with the changes of its linear layers, block by block in the order of LINEAR."""
-    of_blocks = [changes[start : start + len(LINEAR)] for start in range(0, len(changes), len(LINEAR))]
+    """The base with the changes of the layers in `layer_names`."""
     blocks = [
-        block | {name: (block[name] + change).to(dtype) for name, change in zip(LINEAR, own, strict=True)}
-        for block, own in zip(base.blocks, of_blocks, strict=True)
+        block | {name: (block[name] + change).to(dtype) for name, change in own.items()}
+        for block, own in zip(base.blocks, by_block(changes), strict=True)
     ]
-    return replace(base, blocks=blocks, dtype=dtype)
+    return replace(base, blocks=blocks, output=base.output + changes[-1], dtype=dtype)
 
 
 def mean_of(stored: list[dict[str, Tensor]], layers: list[str]) -> list[Tensor]:
@@ -197,11 +204,11 @@ def mean_of(stored: list[dict[str, Tensor]], layers: list[str]) -> list[Tensor]:
 
 
 def as_adapters(changes: list[Tensor], layers: list[str]) -> dict[str, Tensor]:
-    """Each change as B A, one of them the identity."""
-    found = {}
+    """Each change as B A, one of them the identity: whichever has the hidden size, which each layer has on one side."""
+    found, hidden = {}, changes[-1].shape[1]
     for layer, change in zip(layers, changes, strict=True):
         out, into = change.shape
-        a, b = (torch.eye(into), change) if out >= into else (change, torch.eye(out))
+        a, b = (torch.eye(into), change) if into == hidden else (change, torch.eye(out))
         found |= {f"{layer}.lora_A": a.clone(), f"{layer}.lora_B": b.clone()}
     return found
 
@@ -219,7 +226,7 @@ def train(
     score = score or reward_model(inputs["reward"], inputs["end"], device)
     length, end = max(inputs["widths"]), inputs["end"]
     exact = Llama.of(inputs["base"]["config"], inputs["base"]["weights"], torch.float32, device)
-    layers = [f"layers.{number}.{layer}" for number in range(len(exact.blocks)) for layer in LINEAR]
+    layers = layer_names(exact)
     changes = [change.to(device).requires_grad_() for change in mean_of(start, layers)]
     with torch.no_grad():
         base = changed(exact, [torch.zeros_like(change) for change in changes], dtype)
@@ -238,8 +245,8 @@ def train(
         policy, found = changed(exact, changes, dtype), []
         for some in torch.arange(len(responses), device=device).split(16):
             batch, wanted = prompts.batch(some, responses[some].long()), responses[some].long()
-            ours, plain = (token_log_probs(one, hidden_states(one, batch, None), wanted)[0] for one in (policy, base))
-            found.append((ours - plain).sum(-1))
+            ours, plain = (log_probs(one, batch, wanted, None)[0] for one in (policy, base))
+            found.append(ours - plain)
         return torch.cat(found)
 
     @torch.no_grad()
@@ -271,7 +278,8 @@ def train(
         for rows, responses, reference, rises in drawn.groups():
             wanted = responses.long()
             policy = changed(exact, changes, dtype)
-            found = token_log_probs(policy, hidden_states(policy, training.batch(rows, wanted), None), wanted)[0]
+            hidden = hidden_states(policy, training.batch(rows, wanted), None)
+            found = token_log_probs(policy, hidden, wanted, None)[0]
             weighed = advantages(found.detach() - reference, rises, LAMBDA)
             gradient = torch.autograd.grad((weighed * found).sum(-1).mean(), changes)
             spent = (time.perf_counter() - trained_from) / (began + args.seconds - trained_from)

@@ -15,9 +15,19 @@ from torch import Tensor
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 """The linear layers of a block, as transformers names them; each has an adapter, as `iapo train` has it."""
+OUTPUT = "lm_head"
+"""The output layer's name; it has an adapter too."""
 
-Adapters = list[dict[str, tuple[Tensor, Tensor]]]
-"""Of each block A [P, rank, in] and B [P, out, rank] by name."""
+Adapter = tuple[Tensor, Tensor]
+"""A [P, rank, in] and B [P, out, rank]."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Of each block by name, and of the output layer."""
+
+    blocks: list[dict[str, Adapter]]
+    output: Adapter
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Llama:
     embedding: Tensor
     blocks: list[dict[str, Tensor]]
     norm: Tensor
+    output: Tensor
     heads: int
     eps: float
     theta: float
@@ -46,9 +57,8 @@ class Llama:
             blocks.append(own | {name: weights[f"layers.{layer}.{name}.weight"].float() for name in norms})
         rope = config["rope_parameters"]["rope_theta"]
         heads, eps = config["num_attention_heads"], config["rms_norm_eps"]
-        return cls(
-            weights["embed_tokens.weight"].float(), blocks, weights["norm.weight"].float(), heads, eps, rope, dtype
-        )
+        embedding, norm = weights["embed_tokens.weight"].float(), weights["norm.weight"].float()
+        return cls(embedding, blocks, norm, embedding, heads, eps, rope, dtype)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
     groups, width = batch.prompts.shape
     _, count, length = batch.rows.shape
     device = batch.rows.device
-    policies = 1 if adapters is None else adapters[0][LINEAR[0]][0].shape[0]
+    policies = 1 if adapters is None else len(adapters.output[0])
     split = groups * width
     places = batch.lengths[:, None, None] + torch.arange(length, device=device).expand(groups, count, length)
     positions = torch.cat([torch.arange(width, device=device).repeat(groups), places.flatten()])
@@ -78,32 +88,34 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
     if adapters is not None:
         x.requires_grad_()  # as those of further layers do, which are then compiled together with the first
     for number, block in enumerate(llama.blocks):
-        own = None if adapters is None else adapters[number]
+        own = None if adapters is None else adapters.blocks[number]
         x = _fused_block(x, block, own, rotation, unseen, later, llama.heads, llama.eps)
     return x[:, split:].unflatten(1, (groups, count, length))
 
 
 def log_probs(llama: Llama, batch: Batch, wanted: Tensor, adapters: Adapters | None) -> Tensor:
     """Log-probs of responses [P, G, n] in nats; wanted [G, n, R]: what follows each of the rows' tokens, or below 0."""
-    return token_log_probs(llama, hidden_states(llama, batch, adapters), wanted).sum(-1)
+    return token_log_probs(llama, hidden_states(llama, batch, adapters), wanted, adapters).sum(-1)
 
 
-def token_log_probs(llama: Llama, hidden: Tensor, wanted: Tensor) -> Tensor:
+def token_log_probs(llama: Llama, hidden: Tensor, wanted: Tensor, adapters: Adapters | None) -> Tensor:
     """Log-probs of tokens [P, G, n, R] in nats, 0 where there is none, from hidden states [P, G, n, R, d]."""
     targets = wanted.expand(len(hidden), -1, -1, -1)
-    return -_fused_losses(hidden, llama.norm, llama.embedding, targets, llama.eps)
+    own = None if adapters is None else adapters.output
+    return -_fused_losses(hidden, llama.norm, llama.output, own, targets, llama.eps)
 
 
-def _losses(hidden: Tensor, norm: Tensor, embedding: Tensor, targets: Tensor, eps: float) -> Tensor:
+def _losses(hidden: Tensor, norm: Tensor, output: Tensor, own: Adapter | None, targets: Tensor, eps: float) -> Tensor:
     """Negative log-likelihood of each token, 0 where there is none."""
-    logits = F.rms_norm(hidden.flatten(0, -2), (hidden.shape[-1],), norm, eps) @ embedding.T
+    h = F.rms_norm(hidden.flatten(1, -2), (hidden.shape[-1],), norm, eps)
+    logits = _adapted(h @ output.T, h, own).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view(targets.shape)
 
 
 def _block(
     x: Tensor,
     block: dict[str, Tensor],
-    own: dict[str, tuple[Tensor, Tensor]] | None,
+    own: dict[str, Adapter] | None,
     rotation: tuple[Tensor, Tensor],
     unseen: Tensor,
     later: Tensor,
@@ -136,6 +148,19 @@ def _block(
     return _feed_forward(x, block, own, eps)
 
 
+def layer_names(llama: Llama) -> list[str]:
+    """Of all layers with an adapter, as transformers names them: block by block, then the output layer."""
+    return [f"model.layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR] + [OUTPUT]
+
+
+def by_block(of_layers: list[Any]) -> list[dict[str, Any]]:
+    """What there is of each layer in `layer_names`, by name for each block; the output layer's is left out."""
+    return [
+        dict(zip(LINEAR, of_layers[start : start + len(LINEAR)], strict=True))
+        for start in range(0, len(of_layers) - 1, len(LINEAR))
+    ]
+
+
 class Stack:
     """LoRA adapters of P policies in one tensor [P, all], with Adam's moments."""
 
@@ -145,6 +170,8 @@ class Stack:
             for name in LINEAR:
                 out, into = block[name].shape
                 shapes += [(rank, into), (out, rank)]
+        out, into = llama.output.shape
+        shapes += [(rank, into), (out, rank)]
         sizes = [math.prod(shape) for shape in shapes]
         self.flat = torch.zeros(policies, sum(sizes), device=device)
         self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
@@ -154,12 +181,9 @@ class Stack:
         ]
         for a in self.leaves[::2]:  # as peft begins; B is 0
             a.detach().uniform_(-1, 1).div_(math.sqrt(a.shape[2]))
-        self.names = [f"layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
+        self.names = layer_names(llama)
         self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
-        self.adapters: Adapters = [
-            dict(zip(LINEAR, pairs[start : start + len(LINEAR)], strict=True))
-            for start in range(0, len(pairs), len(LINEAR))
-        ]
+        self.adapters = Adapters(by_block(pairs), pairs[-1])
 
     def weights(self, policy: int) -> dict[str, Tensor]:
         """A policy's A [rank, in] and B [out, rank] of every layer by name."""
@@ -174,9 +198,10 @@ class Stack:
         blocks = [
             block
             | {name: block[name] + (b[policy] @ a[policy]).detach().to(llama.dtype) for name, (a, b) in own.items()}
-            for block, own in zip(llama.blocks, self.adapters, strict=True)
+            for block, own in zip(llama.blocks, self.adapters.blocks, strict=True)
         ]
-        return replace(llama, blocks=blocks)
+        a, b = self.adapters.output
+        return replace(llama, blocks=blocks, output=llama.output + (b[policy] @ a[policy]).detach())
 
     def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
         """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
@@ -233,16 +258,14 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
             mixed = of_prompt.transpose(1, 2).reshape(rows, llama.heads, -1)
             mixed = mixed + (shares[..., None, width:] @ values[:, :, : step + 1])[:, :, 0]
             x = _feed_forward(x + _linear(mixed.flatten(1), LINEAR[3], block, None), block, None, llama.eps)
-        logits = F.rms_norm(x, (x.shape[-1],), llama.norm, llama.eps) @ llama.embedding.T
+        logits = F.rms_norm(x, (x.shape[-1],), llama.norm, llama.eps) @ llama.output.T
         token = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # the multinomial, in one go
         drawn[:, step] = torch.where(running, token, -1)
         running &= token != end
     return drawn.view(groups, count, length)
 
 
-def _feed_forward(
-    x: Tensor, block: dict[str, Tensor], own: dict[str, tuple[Tensor, Tensor]] | None, eps: float
-) -> Tensor:
+def _feed_forward(x: Tensor, block: dict[str, Tensor], own: dict[str, Adapter] | None, eps: float) -> Tensor:
     h = _norm(x, block["post_attention_layernorm"], block, eps)
     gate, up = (_linear(h, name, block, own) for name in LINEAR[4:6])
     return x + _linear(F.silu(gate) * up, LINEAR[6], block, own)
@@ -253,13 +276,14 @@ def _norm(x: Tensor, weight: Tensor, block: dict[str, Tensor], eps: float) -> Te
     return F.rms_norm(x, (x.shape[-1],), weight, eps).to(block[LINEAR[0]].dtype)
 
 
-def _linear(
-    x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, tuple[Tensor, Tensor]] | None
-) -> Tensor:
-    found = x @ block[name].T
-    if adapters is None:
+def _linear(x: Tensor, name: str, block: dict[str, Tensor], adapters: dict[str, Adapter] | None) -> Tensor:
+    return _adapted(x @ block[name].T, x, None if adapters is None else adapters[name])
+
+
+def _adapted(found: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
+    if adapter is None:
         return found
-    a, b = (part.to(x.dtype) for part in adapters[name])
+    a, b = (part.to(x.dtype) for part in adapter)
     return torch.baddbmm(found, x @ a.mT, b.mT)
 
 

@@ -49,10 +49,14 @@ def adapter_weights(run: Path) -> dict[str, torch.Tensor]:
     return {n: w / record["scale"]["factor"] if "lora_B" in n else w for n, w in weights.items()}
 
 
-@pytest.mark.parametrize(("program", "tolerance"), [(TRAIN, 1e-5), (TRAIN_SHARDED, 3e-5)], ids=["ddp", "fsdp"])
-def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program, tolerance):
+@pytest.mark.parametrize(
+    ("program", "tolerance", "output_layer"),
+    [(TRAIN, 1e-5, False), (TRAIN_SHARDED, 3e-5, False), (TRAIN_SHARDED, 3e-5, True)],
+    ids=["ddp", "fsdp", "fsdp, output layer"],
+)
+def test_two_processes_give_the_weights_of_one(tiny_run, iapo, program, tolerance, output_layer):
     """Every step is the same mean over 16 responses, however it is divided and packed."""
-    settings = {"epochs": 0.5, "micro_batch_size": 2, "evaluations": 1}
+    settings = {"epochs": 0.5, "micro_batch_size": 2, "evaluations": 1, "output_layer": output_layer}
     path = tiny_run(train={"batch_size": 16, "lora_rank": 4} | settings, model={"quantization": "none"})
     assert [iapo(stage, path).code for stage in ("prompts", "sample", "score", "calibrate")] == [0] * 4
     config = load_config(path)

@@ -56,12 +56,12 @@ def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
         stack.step(loss, torch.tensor(0.1), torch.tensor(0.001))
     found = module.log_probs(llama, batch, wanted, stack.adapters)
     assert (found - reference).abs().amax((1, 2)).min() > 0.1 and (found[1] - found[2]).abs().max() > 0.01
-    policy = add_adapter(base, TrainConfig(lora_rank=4))
+    policy = add_adapter(base, TrainConfig(lora_rank=4, output_layer=True))
     for number in range(3):
         merged = module.log_probs(stack.merged(llama, number), batch, wanted, None)[0]
         assert (merged - found[number]).abs().max() < 1e-4
         own = stack.weights(number)
-        weights = {f"base_model.model.model.{name}.default.weight": value for name, value in own.items()}
+        weights = {f"base_model.model.{name}.default.weight": value for name, value in own.items()}
         assert not policy.load_state_dict(weights, strict=False).unexpected_keys
         for row, place, prompt, tokens in plain_rows(prompts, responses):
             ids = torch.tensor([prompt + tokens])
@@ -143,7 +143,7 @@ def test_own_samples_take_the_place_of_half_the_responses(many):
     cpu = torch.device("cpu")
     stored = module.stored(base)
     llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
-    always_one = replace(llama, embedding=200 * llama.embedding)  # states are normed, so only its logits grow
+    always_one = replace(llama, output=200 * llama.output)
     laid = samples.Prompts.of(prompts, cpu)
 
     def score(_, responses):
@@ -188,9 +188,9 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
     assert about["steps"] > 0 and len(about["held_out"]) == 5 and np.isfinite(about["held_out"]).all()
     stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
     assert [len(part) for part in stored] == [4, 1]
-    policy = add_adapter(base, TrainConfig(lora_rank=2))
+    policy = add_adapter(base, TrainConfig(lora_rank=2, output_layer=True))
     first, second = (stored[0][name] for name in inputs["policies"][:2])
-    weights = {f"base_model.model.model.{name}.default.weight": value for name, value in first.items()}
+    weights = {f"base_model.model.{name}.default.weight": value for name, value in first.items()}
     assert set(weights) == {name for name in policy.state_dict() if "lora_" in name}
     quality = importlib.import_module("benchmarks.quality")
     args = quality.parse(["bundled", "--procedures", "best_of(4)", "--out", str(tmp_path)])
@@ -293,7 +293,7 @@ def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
         wanted, live = drawn.responses.long(), drawn.responses >= 0
         batch = laid.batch(chosen, wanted)
         ours, theirs = (
-            on_policy.token_log_probs(one, on_policy.hidden_states(one, batch, None), wanted)[0]
+            on_policy.token_log_probs(one, on_policy.hidden_states(one, batch, None), wanted, None)[0]
             for one in (policy, plain)
         )
         assert torch.equal(theirs, drawn.reference)
@@ -317,7 +317,7 @@ def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
     rows = []
     for chosen_rows, responses, reference, rises in drawn.groups():
         batch, wanted = laid.batch(chosen_rows, responses.long()), responses.long()
-        again = on_policy.token_log_probs(plain, on_policy.hidden_states(plain, batch, None), wanted)[0]
+        again = on_policy.token_log_probs(plain, on_policy.hidden_states(plain, batch, None), wanted, None)[0]
         assert torch.allclose(again, reference, atol=1e-5) and reference.shape == rises.shape
         rows += [*zip(responses.flatten(0, 1).tolist(), rises.flatten(0, 1).tolist(), strict=True)]
     every = zip(drawn.responses.flatten(0, 1).tolist(), drawn.increments.flatten(0, 1).tolist(), strict=True)
@@ -357,8 +357,8 @@ def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp
     assert about["history"][0]["explained"] == pytest.approx(0, abs=0.01) and about["last"]["explained"] > 0.2
     assert about["last"]["kl"] > 0.1 and about["history"][0]["kl"] == pytest.approx(0, abs=0.02)
     stored = torch.load(tmp_path / "adapters0.pt")[name]
-    policy = add_adapter(base, TrainConfig(lora_rank=16))
-    weights = {f"base_model.model.model.{part}.default.weight": value for part, value in stored.items()}
+    policy = add_adapter(base, TrainConfig(lora_rank=16, output_layer=True))
+    weights = {f"base_model.model.{part}.default.weight": value for part, value in stored.items()}
     assert not policy.load_state_dict(weights, strict=False).unexpected_keys
     assert set(weights) == {part for part in policy.state_dict() if "lora_" in part}
     layers = sorted({part.rsplit(".", 1)[0] for part in stored})

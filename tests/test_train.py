@@ -11,7 +11,14 @@ from conftest import tiny_config, with_random_weights
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PrinterCallback
+from transformers import (
+    AutoModelForCausalLM,
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PrinterCallback,
+)
 
 from iapo.closed_form import solve
 from iapo.config import ObjectiveConfig, TrainConfig, load_config
@@ -299,6 +306,27 @@ def test_the_output_layer_has_an_adapter_if_asked_for(calibrated, iapo):
     assert not torch.allclose(policy(input_ids=ids).logits, base(input_ids=ids).logits, atol=1e-4)
     assert torch.equal(policy.get_input_embeddings().weight, base.get_input_embeddings().weight)
     assert iapo("evaluate", path).code == 0
+
+
+def test_an_adapter_on_a_tied_output_layer_merges_into_an_untied_model(tmp_path):
+    """As docs/pipeline.md says."""
+    with_random_weights(LlamaForCausalLM(tiny_config(tie_word_embeddings=True)), 0).save_pretrained(tmp_path / "base")
+    policy = add_adapter(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), TrainConfig(lora_rank=4, output_layer=True)
+    )
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = policy(input_ids=ids).logits
+    policy.save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
+    PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4)
+    with policy.disable_adapter():
+        assert not torch.allclose(policy(input_ids=ids).logits, expected, atol=0.1)
 
 
 def test_a_base_that_drops_out_does_so_no_more():
