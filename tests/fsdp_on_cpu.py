@@ -30,10 +30,10 @@ def turn_sharding_on(make_arguments=train.training_arguments):
 
 
 def refuse_whole_weights(gather=train.trained_weights):
-    """trained_weights, of a model of which this process has a part only."""
+    """trained_weights, of a model of which this process has a part only (but that the output layer stays gathered)."""
 
     def checked(policy):
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        trained = [parameter for name, parameter in policy.named_parameters() if ".layers." in name and "lora_" in name]
         assert trained and all(isinstance(parameter, DTensor) for parameter in trained)
         return gather(policy)
 
