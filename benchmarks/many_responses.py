@@ -5,12 +5,12 @@
     python benchmarks/many_responses.py measure FOLDER SETTING [as quality.py]          # where it was prepared
 
 `iapo train` waits for Python when a model has 2.5 M parameters. Here the same loss (`objectives.pointwise`) with
-LoRA on the linear layers and the output layer runs as a CUDA graph, all policies at once on the same responses, until
---seconds are over: Adam with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward
-models score the tokens as sampled. FILE holds models, prompts and log F of each policy. With --rounds half of the
-responses are replaced, so often in the second half of the time, by as many of the policies' own, whose targets are
-those of their places among the reference's: least squares are right for any distribution, so all policies learn from
-all. On a CPU the products are in float32 and nothing is compiled.
+LoRA on the same layers runs as a CUDA graph, all policies at once on the same responses, until --seconds are over: Adam
+with a cosine, gradients clipped at 1, steps of 256 responses, products in bfloat16. Reward models score the tokens as
+sampled. FILE holds models, prompts and log F of each policy. With --rounds half of the responses are replaced, so
+often in the second half of the time, by as many of the policies' own, whose targets are those of their places among
+the reference's: least squares are right for any distribution, so all policies learn from all. On a CPU the products
+are in float32 and nothing is compiled.
 """
 
 import argparse
@@ -87,6 +87,7 @@ def prepare(path: Path, args: argparse.Namespace, policies: list[str], samples: 
         "end": end,
         "widths": WIDTHS[args.setting],
         "rank": config.train.lora_rank,
+        "output_layer": config.train.output_layer,
         "policies": policies,
         "log_cdfs": torch.stack([log_cdf(form.log_mean_density(*ranks)) for form in forms]),
     }
@@ -144,7 +145,7 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     shares = torch.tensor([block.share for block in blocks], device=device)
     say("grouped", blocks=[(len(block.groups), block.width, block.in_step, round(block.share, 3)) for block in blocks])
 
-    stack = Stack(llama, count, inputs["rank"], device)
+    stack = Stack(llama, count, inputs["rank"], device, inputs["output_layer"])
     pace, correction = torch.zeros((), device=device), torch.ones((), device=device)
     endless = [block.endless(number) for block, number in zip(blocks, in_step, strict=True)]
     chosen = [next(steps).clone() for steps in endless]

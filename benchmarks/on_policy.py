@@ -7,8 +7,8 @@ It begins at the mean of the weights of the policies in --start, which has less 
 KL(π ‖ π*) = E_π[Δ − log f], whose gradient is the mean of Σ_s A_s ∇ log π(y_s | y_<s). The advantages A of tokens are
 generalized ones (arXiv 1506.02438) of a critic: ridge regression of Δ − log f on what a prefix tells, which is its own
 reward among the reference's, its log-ratio and its hidden state. On HH they have a fifth of the variance of Δ − log f,
-which every token would have alone. All weights of the linear layers and of the output layer are trained, by Muon with a
-cosine, and stored as adapters whose rank is the hidden size (192 on HH). Needs no GPU.
+which every token would have alone. All weights of the layers with an adapter are trained, by Muon with a cosine, and
+stored as adapters whose rank is the hidden size (192 on HH). Needs no GPU.
 """
 
 import argparse
@@ -189,11 +189,13 @@ def draw_own(
 
 def changed(base: Llama, changes: list[Tensor], dtype: torch.dtype) -> Llama:
     """The base with the changes of the layers in `layer_names`."""
+    of_blocks, of_output = by_block(changes)
     blocks = [
         block | {name: (block[name] + change).to(dtype) for name, change in own.items()}
-        for block, own in zip(base.blocks, by_block(changes), strict=True)
+        for block, own in zip(base.blocks, of_blocks, strict=True)
     ]
-    return replace(base, blocks=blocks, output=base.output + changes[-1], dtype=dtype)
+    output = base.output if of_output is None else base.output + of_output
+    return replace(base, blocks=blocks, output=output, dtype=dtype)
 
 
 def mean_of(stored: list[dict[str, Tensor]], layers: list[str]) -> list[Tensor]:
@@ -205,7 +207,7 @@ def mean_of(stored: list[dict[str, Tensor]], layers: list[str]) -> list[Tensor]:
 
 def as_adapters(changes: list[Tensor], layers: list[str]) -> dict[str, Tensor]:
     """Each change as B A, one of them the identity: whichever has the hidden size, which each layer has on one side."""
-    found, hidden = {}, changes[-1].shape[1]
+    found, hidden = {}, changes[0].shape[1]
     for layer, change in zip(layers, changes, strict=True):
         out, into = change.shape
         a, b = (torch.eye(into), change) if into == hidden else (change, torch.eye(out))
@@ -226,7 +228,7 @@ def train(
     score = score or reward_model(inputs["reward"], inputs["end"], device)
     length, end = max(inputs["widths"]), inputs["end"]
     exact = Llama.of(inputs["base"]["config"], inputs["base"]["weights"], torch.float32, device)
-    layers = layer_names(exact)
+    layers = layer_names(exact, inputs["output_layer"])
     changes = [change.to(device).requires_grad_() for change in mean_of(start, layers)]
     with torch.no_grad():
         base = changed(exact, [torch.zeros_like(change) for change in changes], dtype)

@@ -16,7 +16,7 @@ LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn
 LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 """The linear layers of a block, as transformers names them; each has an adapter, as `iapo train` has it."""
 OUTPUT = "lm_head"
-"""The output layer's name; it has an adapter too."""
+"""The output layer's name; it may have an adapter too."""
 
 Adapter = tuple[Tensor, Tensor]
 """A [P, rank, in] and B [P, out, rank]."""
@@ -24,10 +24,10 @@ Adapter = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Adapters:
-    """Of each block by name, and of the output layer."""
+    """Of each block by name, and of the output layer if it has one."""
 
     blocks: list[dict[str, Adapter]]
-    output: Adapter
+    output: Adapter | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def hidden_states(llama: Llama, batch: Batch, adapters: Adapters | None) -> Tens
     groups, width = batch.prompts.shape
     _, count, length = batch.rows.shape
     device = batch.rows.device
-    policies = 1 if adapters is None else len(adapters.output[0])
+    policies = 1 if adapters is None else len(adapters.blocks[0][LINEAR[0]][0])
     split = groups * width
     places = batch.lengths[:, None, None] + torch.arange(length, device=device).expand(groups, count, length)
     positions = torch.cat([torch.arange(width, device=device).repeat(groups), places.flatten()])
@@ -148,30 +148,34 @@ def _block(
     return _feed_forward(x, block, own, eps)
 
 
-def layer_names(llama: Llama) -> list[str]:
-    """Of all layers with an adapter, as transformers names them: block by block, then the output layer."""
-    return [f"model.layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR] + [OUTPUT]
+def layer_names(llama: Llama, output_layer: bool) -> list[str]:
+    """Of all layers with an adapter, as transformers names them: block by block, then perhaps the output layer."""
+    names = [f"model.layers.{number}.{name}" for number in range(len(llama.blocks)) for name in LINEAR]
+    return [*names, OUTPUT] if output_layer else names
 
 
-def by_block(of_layers: list[Any]) -> list[dict[str, Any]]:
-    """What there is of each layer in `layer_names`, by name for each block; the output layer's is left out."""
-    return [
-        dict(zip(LINEAR, of_layers[start : start + len(LINEAR)], strict=True))
-        for start in range(0, len(of_layers) - 1, len(LINEAR))
+def by_block(of_layers: list[Any]) -> tuple[list[dict[str, Any]], Any]:
+    """What there is of each layer in `layer_names`: of each block by name, and of the output layer or None."""
+    each, last = len(LINEAR), len(of_layers) % len(LINEAR)
+    blocks = [
+        dict(zip(LINEAR, of_layers[start : start + each], strict=True))
+        for start in range(0, len(of_layers) - last, each)
     ]
+    return blocks, of_layers[-1] if last else None
 
 
 class Stack:
     """LoRA adapters of P policies in one tensor [P, all], with Adam's moments."""
 
-    def __init__(self, llama: Llama, policies: int, rank: int, device: torch.device) -> None:
+    def __init__(self, llama: Llama, policies: int, rank: int, device: torch.device, output_layer: bool) -> None:
         shapes = []
         for block in llama.blocks:
             for name in LINEAR:
                 out, into = block[name].shape
                 shapes += [(rank, into), (out, rank)]
-        out, into = llama.output.shape
-        shapes += [(rank, into), (out, rank)]
+        if output_layer:
+            out, into = llama.output.shape
+            shapes += [(rank, into), (out, rank)]
         sizes = [math.prod(shape) for shape in shapes]
         self.flat = torch.zeros(policies, sum(sizes), device=device)
         self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
@@ -181,9 +185,9 @@ class Stack:
         ]
         for a in self.leaves[::2]:  # as peft begins; B is 0
             a.detach().uniform_(-1, 1).div_(math.sqrt(a.shape[2]))
-        self.names = layer_names(llama)
-        self.pairs = pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
-        self.adapters = Adapters(by_block(pairs), pairs[-1])
+        self.names = layer_names(llama, output_layer)
+        self.pairs = list(zip(self.leaves[::2], self.leaves[1::2], strict=True))
+        self.adapters = Adapters(*by_block(self.pairs))
 
     def weights(self, policy: int) -> dict[str, Tensor]:
         """A policy's A [rank, in] and B [out, rank] of every layer by name."""
@@ -200,6 +204,8 @@ class Stack:
             | {name: block[name] + (b[policy] @ a[policy]).detach().to(llama.dtype) for name, (a, b) in own.items()}
             for block, own in zip(llama.blocks, self.adapters.blocks, strict=True)
         ]
+        if self.adapters.output is None:
+            return replace(llama, blocks=blocks)
         a, b = self.adapters.output
         return replace(llama, blocks=blocks, output=llama.output + (b[policy] @ a[policy]).detach())
 

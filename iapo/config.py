@@ -109,7 +109,7 @@ class ObjectiveConfig(Section):
 
 class TrainConfig(Section):
     lora_rank: int = Field(16, ge=1, description="rank of the adapter, on every linear layer")
-    output_layer: bool = Field(False, description="an adapter on the output layer too, which peft leaves out")
+    output_layer: bool = Field(False, description="an adapter on the output layer too; can help worst_of, harm best_of")
     learning_rate: float = Field(3e-4, gt=0, description="peak; larger ones spend the KL on noise")
     epochs: float = Field(1.0, gt=0, description="passes over the training responses")
     batch_size: int = Field(64, ge=1, description="responses an optimizer step, over all devices and accumulation")

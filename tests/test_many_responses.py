@@ -41,12 +41,13 @@ def plain_rows(prompts, responses):
             yield row, number, prompts[row], [token for token in tokens if token >= 0]
 
 
-def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
+@pytest.mark.parametrize("output_layer", [False, True])
+def test_many_policies_at_once_have_the_log_probs_of_each_alone(many, output_layer):
     module, samples, base, _, prompts = many
     cpu = torch.device("cpu")
     stored = module.stored(base)
     llama = module.Llama.of(stored["config"], stored["weights"], torch.float32, cpu)
-    stack = module.Stack(llama, 3, 4, cpu)
+    stack = module.Stack(llama, 3, 4, cpu, output_layer)
     laid = samples.Prompts.of(prompts, cpu)
     responses = samples.sample(llama, laid.tokens, laid.lengths, laid.last, 6, 7, 1)
     batch, wanted = laid.batch(torch.arange(3), responses.long()), responses.long()
@@ -56,7 +57,7 @@ def test_many_policies_at_once_have_the_log_probs_of_each_alone(many):
         stack.step(loss, torch.tensor(0.1), torch.tensor(0.001))
     found = module.log_probs(llama, batch, wanted, stack.adapters)
     assert (found - reference).abs().amax((1, 2)).min() > 0.1 and (found[1] - found[2]).abs().max() > 0.01
-    policy = add_adapter(base, TrainConfig(lora_rank=4, output_layer=True))
+    policy = add_adapter(base, TrainConfig(lora_rank=4, output_layer=output_layer))
     for number in range(3):
         merged = module.log_probs(stack.merged(llama, number), batch, wanted, None)[0]
         assert (merged - found[number]).abs().max() < 1e-4
@@ -176,6 +177,7 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
         "end": 1,
         "widths": (3, 6),
         "rank": 2,
+        "output_layer": False,
         "policies": [f"optimal best_of(4) {number}" for number in range(1, 6)],
         "log_cdfs": module.log_cdf(form.log_mean_density(edges[:-1], edges[1:])).expand(5, -1),
     }
@@ -188,7 +190,7 @@ def test_training_on_many_responses_stores_what_peft_loads(many, tmp_path, capsy
     assert about["steps"] > 0 and len(about["held_out"]) == 5 and np.isfinite(about["held_out"]).all()
     stored = [torch.load(tmp_path / f"a-adapters{start}.pt") for start in (0, 4)]
     assert [len(part) for part in stored] == [4, 1]
-    policy = add_adapter(base, TrainConfig(lora_rank=2, output_layer=True))
+    policy = add_adapter(base, TrainConfig(lora_rank=2))
     first, second = (stored[0][name] for name in inputs["policies"][:2])
     weights = {f"base_model.model.{name}.default.weight": value for name, value in first.items()}
     assert set(weights) == {name for name in policy.state_dict() if "lora_" in name}
@@ -328,6 +330,23 @@ def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
     assert ranks[0].tolist() == [0.5 / 4, 1.5 / 4, 3.5 / 4]
 
 
+@pytest.mark.parametrize("output_layer", [False, True])
+def test_changes_of_weights_are_adapters_of_the_hidden_size(many, on_policy, output_layer):
+    module, _, base = many[:3]
+    llama = module.Llama.of(*module.stored(base).values(), torch.float32, torch.device("cpu"))
+    layers = on_policy.layer_names(llama, output_layer)
+    wholes = [base.get_submodule(layer).weight for layer in layers]
+    changes = [torch.randn_like(whole) for whole in wholes]
+    policy = on_policy.changed(llama, changes, torch.float32)
+    assert torch.equal(policy.output, llama.output + changes[-1] if output_layer else llama.output)
+    place = layers.index("model.layers.1.mlp.up_proj")
+    assert torch.equal(policy.blocks[1]["mlp.up_proj"], wholes[place] + changes[place])
+    stored = on_policy.as_adapters(changes, layers)
+    assert {stored[f"{layer}.lora_A"].shape[0] for layer in layers} == {16}
+    for change, found in zip(changes, on_policy.mean_of([stored], layers), strict=True):
+        assert torch.allclose(found, change, atol=1e-6)
+
+
 def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp_path, capsys, monkeypatch):
     module, _, base, reward, prompts = many
     form, edges = solve("worst_of(4)", target_kl=0.5), np.linspace(0, 1, 257)
@@ -337,13 +356,15 @@ def test_training_on_own_samples_comes_nearer_to_the_target(many, on_policy, tmp
         "prompts": {"train": prompts, "holdout": prompts},
         "end": 1,
         "widths": (3, 6),
+        "output_layer": True,
         "policies": ["optimal best_of(4) 9", "optimal worst_of(4) 0.5"],
         "log_cdfs": torch.stack(
             [torch.zeros(257).double(), module.log_cdf(form.log_mean_density(edges[:-1], edges[1:]))]
         ),
     }
     name = inputs["policies"][1]
-    plain = module.Stack(module.Llama.of(*inputs["base"].values(), torch.float32, torch.device("cpu")), 1, 2, "cpu")
+    llama = module.Llama.of(*inputs["base"].values(), torch.float32, torch.device("cpu"))
+    plain = module.Stack(llama, 1, 2, "cpu", output_layer=True)
     ticks = itertools.count(step=0.1)
     monkeypatch.setattr(on_policy, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     args = argparse.Namespace(seconds=25, learning_rate=1e-2, at_once=1024, seed=0)
