@@ -91,7 +91,7 @@ def test_sampling_goes_on_after_a_signal(interrupted, tiny_run, iapo, number):
 
 def test_training_goes_on_from_its_last_checkpoint(tiny_run, iapo, start):
     """Killed once a checkpoint is whole; the adapter equals that of a run that was left alone, bit for bit."""
-    settings = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "evaluations": 7}
+    settings = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "evaluations": 7, "output_layer": True}
     stages = ("prompts", "sample", "score", "calibrate")
     stopped, whole = tiny_run("stopped", train=settings), tiny_run("whole", train=settings)
     for path in (stopped, whole):
