@@ -15,7 +15,8 @@ from iapo.errors import UserError
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part")  # as README says
+# docs/pipeline.md says what PEFT would, how such an adapter is merged.
+warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part")
 
 
 def device() -> torch.device:

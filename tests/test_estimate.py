@@ -94,6 +94,17 @@ def test_memory_of_a_training_pass_is_what_is_allocated(
     assert found.peak == pytest.approx(allocated(step), rel=0.1)
 
 
+def test_an_output_layer_with_an_adapter_makes_logits_once_more(wide_model):
+    """164 tokens, 256 states, 272 logits: one product more, and four of each of the low-rank ones."""
+    work = []
+    for output_layer in (False, True):
+        train = TrainConfig(lora_rank=4, output_layer=output_layer)
+        model = make_model(ModelConfig(base=str(wide_model), quantization="none"))()
+        counted = training_pass(model, train, [(60, 41, 4)], 10_000, False, False, "cpu")
+        work.append(sum(operations * count for (operations, _), count in counted.kernels.items()))
+    assert work[1] - work[0] == pytest.approx(2 * 164 * (256 * 272 + 4 * 4 * (256 + 272)), rel=0.02)
+
+
 def test_memory_of_scoring_and_sampling_is_what_is_allocated(wide_model):
     config = ModelConfig(base=str(wide_model), quantization="none", dtype="float32")
     model = load_base(config)

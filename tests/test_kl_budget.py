@@ -1,11 +1,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from iapo.config import load_config
-from iapo.kl_budget import LARGEST, TOLERANCE, find_factor
+from iapo.kl_budget import LARGEST, TOLERANCE, find_factor, meet
+from iapo.models import load_base
 from iapo.store import read_manifest
+from iapo.train import add_adapter
 
 
 @pytest.mark.parametrize(("scale", "power"), [(0.1, 2.0), (4.0, 1.6), (0.02, 2.6)])
@@ -32,6 +37,29 @@ def test_factor_is_found_where_less_of_an_adapter_spends_more() -> None:
     assert kl_of(0.6)[0] > kl_of(1.0)[0] > 1.3
     for target in (0.5, 1.0):
         assert find_factor(kl_of, target).kl == pytest.approx(target, rel=TOLERANCE)
+
+
+def test_every_layer_of_an_adapter_is_scaled(tiny_run, tmp_path) -> None:
+    """B alone, the output layer's too; here the KL is the sum of its squares."""
+    config = load_config(tiny_run(train={"output_layer": True}))
+    policy = add_adapter(load_base(config.model), config.train)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    policy.save_pretrained(tmp_path / "adapter")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    spent = sum(float(weight.square().sum()) for name, weight in before.items() if "lora_B" in name)
+
+    def measure(_, policy):
+        own = [weight for name, weight in policy.named_parameters() if "lora_B" in name]
+        return lambda: np.full(3, sum(float(weight.square().sum()) for weight in own))
+
+    scale = meet(config, tmp_path / "adapter", spent / 4, measure)
+    assert scale["factor"] == pytest.approx(0.5, rel=TOLERANCE)
+    after = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert after.keys() == before.keys() and "base_model.model.lm_head.lora_B.weight" in after
+    for name, weight in before.items():
+        assert torch.allclose(after[name], weight * (scale["factor"] if "lora_B" in name else 1)), name
 
 
 def test_an_adapter_that_learned_nothing_is_not_blown_up_without_bound() -> None:

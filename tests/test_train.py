@@ -290,6 +290,22 @@ def test_an_adapter_covers_every_linear_layer_without_dropout():
     assert all(not isinstance(module, torch.nn.Dropout) or module.p == 0 for module in policy.modules())
 
 
+def test_the_output_layer_is_added_to_what_has_an_adapter_without_it():
+    """GPT-2's layers are no torch.nn.Linear."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    without, with_it = (
+        {
+            name.removesuffix(".lora_A.default.weight")
+            for name, _ in add_adapter(
+                GPT2LMHeadModel(config), TrainConfig(lora_rank=2, output_layer=output_layer)
+            ).named_parameters()
+            if "lora_A" in name
+        }
+        for output_layer in (False, True)
+    )
+    assert len(without) == 2 * 4 and with_it == without | {"base_model.model.lm_head"}
+
+
 def test_the_output_layer_has_an_adapter_if_asked_for(calibrated, iapo):
     """Trained, scaled and read again like the others, with none of the base's own weights in its file."""
     path = calibrated(train={"output_layer": True})
@@ -320,6 +336,8 @@ def test_an_adapter_on_a_tied_output_layer_merges_into_an_untied_model(tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     expected = policy(input_ids=ids).logits
     policy.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_A." in name or ".lora_B." in name for name in stored)  # checkpoints are saved this way
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", tie_word_embeddings=False)
     model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
     PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
