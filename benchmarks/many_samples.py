@@ -33,6 +33,11 @@ class Prompts:
         lengths = torch.tensor([len(row) - 1 for row in rows], device=device)
         return cls(tokens, lengths, torch.tensor([row[-1] for row in rows], device=device))
 
+    def some(self, chosen: Tensor) -> "Prompts":
+        """The chosen ones [g], padded to the longest of them."""
+        lengths = self.lengths[chosen]
+        return Prompts(self.tokens[chosen, : int(lengths.max())], lengths, self.last[chosen])
+
     def batch(self, chosen: Tensor, responses: Tensor) -> Batch:
         """Of the chosen prompts [g] with responses [g, n, R]: rows begin with the prompt's last token, R tokens."""
         last = self.last[chosen][:, None, None].expand(-1, responses.shape[1], 1)

@@ -35,6 +35,7 @@ from benchmarks.stacked_llama import (  # noqa: E402
     hidden_states,
     layer_names,
     log_probs,
+    normed,
     sample,
     token_log_probs,
 )
@@ -65,6 +66,11 @@ class Judge:
     def log_f(self, rewards: Tensor, chosen: Tensor) -> Tensor:
         """log f [g, n] at rewards [g, n] of the chosen prompts [g]."""
         return targets_of(rewards, self.log_cdfs, self.reference[chosen][:, 1:])[0]
+
+    def log_max(self) -> Tensor:
+        """log f where it is highest."""
+        rises = torch.log(-torch.expm1(self.log_cdfs[0, :-1] - self.log_cdfs[0, 1:]))
+        return (self.log_cdfs[0, 1:] + rises).max().float() + math.log(self.log_cdfs.shape[1] - 1)
 
     def rank(self, rewards: Tensor, chosen: Tensor) -> Tensor:
         """The share of the reference's rewards below, within (0, 1)."""
@@ -164,9 +170,7 @@ def draw_own(
         hidden, plain = hidden_states(policy, batch, None), hidden_states(base, batch, None)
         reference = token_log_probs(base, plain, wanted, None)[0]
         log_ratios = token_log_probs(policy, hidden, wanted, None)[0] - reference
-        found.append(
-            (responses, reference, log_ratios, F.rms_norm(hidden[0], hidden.shape[-1:], policy.norm, policy.eps))
-        )
+        found.append((responses, reference, log_ratios, normed(policy, hidden[0])))
     responses, reference, log_ratios, hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
     among = Prompts(prompts.tokens[chosen], prompts.lengths[chosen], prompts.last[chosen])
     live, log_ratio = responses >= 0, log_ratios.sum(-1)
@@ -185,6 +189,48 @@ def draw_own(
         features = of_prefix(judge, rewards, chosen, so_far[..., place], hidden[..., place, :])
         values[..., place][on] += critic.predict_then_learn(place, features[on], (cost - mean)[on])
     return Drawn(chosen, responses, reference, increments(values - so_far, log_ratio - cost, live))
+
+
+def judge_of(
+    base: Llama, score: Rewards, prompts: Prompts, log_cdfs: Tensor, length: int, end: int, at_once: int
+) -> tuple[Judge, Tensor]:
+    """Of M samples of the reference to each prompt, with these [G, M, R]; log_cdfs [1, M + 1]."""
+    responses, rewards = draw(base, score, prompts, log_cdfs.shape[1] - 1, length, end, at_once)
+    return Judge(score, rewards, log_cdfs), responses
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts that nothing is trained on, and the reference's responses [G, M, R] to them."""
+
+    base: Llama
+    prompts: Prompts
+    judge: Judge
+    plain: Tensor
+    end: int
+    at_once: int
+
+    @torch.no_grad()
+    def figures(self, policy: Llama) -> dict[str, float]:
+        """By 64 samples to each prompt: KL, KL(π ‖ π*); by as many of the reference's: what is explained of log f."""
+        everyone = torch.arange(len(self.prompts.last), device=self.plain.device)
+        own, rewards = draw(policy, self.judge.score, self.prompts, 64, self.plain.shape[2], self.end, self.at_once)
+        ratio = self._log_ratios(policy, own)
+        target = floored(self.judge.log_f(self.judge.reference, everyone)[:, :64])
+        nothing = floored(torch.zeros_like(target))
+        found = floored(self._log_ratios(policy, self.plain[:, :64]))
+        explained = 1 - (found - target).square().sum() / (nothing - target).square().sum()
+        figures = {"kl": ratio.mean(), "kl_to_target": (ratio - self.judge.log_f(rewards, everyone)).mean()}
+        return {key: round(value.item(), 4) for key, value in (figures | {"explained": explained}).items()}
+
+    def _log_ratios(self, policy: Llama, responses: Tensor) -> Tensor:
+        found = []
+        for some in torch.arange(len(responses), device=responses.device).split(16):
+            wanted = responses[some].long()
+            batch = self.prompts.batch(some, wanted)
+            ours, plain = (log_probs(one, batch, wanted, None)[0] for one in (policy, self.base))
+            found.append(ours - plain)
+        return torch.cat(found)
 
 
 def changed(base: Llama, changes: list[Tensor], dtype: torch.dtype) -> Llama:
@@ -235,35 +281,13 @@ def train(
     training, unseen = (Prompts.of(inputs["prompts"][split], device) for split in ("train", "holdout"))
     log_cdfs = inputs["log_cdfs"][inputs["policies"].index(name)][None].to(device)
 
-    def judge_of(prompts: Prompts) -> tuple[Judge, Tensor]:
-        responses, rewards = draw(base, score, prompts, log_cdfs.shape[1] - 1, length, end, args.at_once)
-        return Judge(score, rewards, log_cdfs), responses[:, :64]
-
     def say(text: str, **figures: Any) -> None:
         print(f"{time.perf_counter() - began:7.1f} s  {text}", *(f"{k} {v}" for k, v in figures.items()), flush=True)
 
-    @torch.no_grad()
-    def log_ratios(prompts: Prompts, responses: Tensor) -> Tensor:
-        policy, found = changed(exact, changes, dtype), []
-        for some in torch.arange(len(responses), device=device).split(16):
-            batch, wanted = prompts.batch(some, responses[some].long()), responses[some].long()
-            ours, plain = (log_probs(one, batch, wanted, None)[0] for one in (policy, base))
-            found.append(ours - plain)
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def on_held_out() -> dict[str, float]:
-        everyone = torch.arange(len(unseen.last), device=device)
-        own, rewards = draw(changed(exact, changes, dtype), score, unseen, 64, length, end, args.at_once)
-        ratio = log_ratios(unseen, own)
-        target = floored(of_unseen.log_f(of_unseen.reference, everyone)[:, :64])
-        nothing = floored(torch.zeros_like(target))
-        error = (floored(log_ratios(unseen, plain_unseen)) - target).square().sum() / (nothing - target).square().sum()
-        figures = {"kl": ratio.mean(), "kl_to_target": (ratio - of_unseen.log_f(rewards, everyone)).mean()}
-        return {key: round(value.item(), 4) for key, value in (figures | {"explained": 1 - error}).items()}
-
-    of_training, _ = judge_of(training)
-    of_unseen, plain_unseen = judge_of(unseen)
+    of_training, _ = judge_of(base, score, training, log_cdfs, length, end, args.at_once)
+    held_out = HeldOut(
+        base, unseen, *judge_of(base, score, unseen, log_cdfs, length, end, args.at_once), end, args.at_once
+    )
     optimizer = torch.optim.Muon(changes, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     critic, step, seen, history, shown = Critic(), 0, 0, [], 0.0
     say("sampled the reference")
@@ -294,10 +318,12 @@ def train(
                 change.grad = own
             optimizer.step()
             if spent >= shown:
-                history.append({"step": step, **on_held_out()})
+                with torch.no_grad():
+                    history.append({"step": step, **held_out.figures(changed(exact, changes, dtype))})
                 say("trained", seen=seen, **history[-1])
                 shown += 1 / 8
-    final = on_held_out()
+    with torch.no_grad():
+        final = held_out.figures(changed(exact, changes, dtype))
     say("done", seen=seen, **final)
     out.mkdir(parents=True, exist_ok=True)
     torch.save({name: as_adapters([change.detach().cpu() for change in changes], layers)}, out / "adapters0.pt")

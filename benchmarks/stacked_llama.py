@@ -105,6 +105,23 @@ def token_log_probs(llama: Llama, hidden: Tensor, wanted: Tensor, adapters: Adap
     return -_fused_losses(hidden, llama.norm, llama.output, own, targets, llama.eps)
 
 
+def native_dtype() -> torch.dtype:
+    """bfloat16 where this processor computes in it; where that is emulated it is slower."""
+    processor = torch.cpu.get_capabilities()
+    native = processor.get("amx_bf16", False) or processor.get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def normed(llama: Llama, hidden: Tensor) -> Tensor:
+    """Hidden states [..., d] as the output layer has them."""
+    return F.rms_norm(hidden, hidden.shape[-1:], llama.norm, llama.eps)
+
+
+def logits(llama: Llama, h: Tensor, adapters: Adapters | None) -> Tensor:
+    """Of all tokens that may follow [P, N, V], from normed hidden states [P, N, d]."""
+    return _adapted(h @ llama.output.T, h, None if adapters is None else adapters.output)
+
+
 def _losses(hidden: Tensor, norm: Tensor, output: Tensor, own: Adapter | None, targets: Tensor, eps: float) -> Tensor:
     """Negative log-likelihood of each token, 0 where there is none."""
     h = F.rms_norm(hidden.flatten(1, -2), (hidden.shape[-1],), norm, eps)
