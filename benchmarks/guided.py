@@ -7,9 +7,9 @@
 The optimal policy is π*(a | y_<s) ∝ π_ref(a | y_<s) E[f | y_<s a], f being the closed form's density at the calibrated
 reward of the whole response, E the mean over the reference's. A critic is fitted to f at prefixes of reference samples:
 it sees the reference's hidden state and the rewards of the prefix alone and with the token, as if they were whole.
-Where the response ends with the token f is known. The policy is fitted to this teacher, at prefixes of its own
-samples, by KL(π ‖ teacher) over all next tokens, which has no noise of the tokens that happened to be drawn and of the
-rewards that they happened to bring. Needs no GPU.
+Where the response ends with the token f is known. (So far controlled decoding, arXiv 2310.17022.) The policy is fitted
+to this teacher at prefixes of its own samples (as in arXiv 2306.13649) by KL(π ‖ teacher) over all next tokens, which
+has no noise of the tokens that happened to be drawn and of the rewards that they happened to bring. Needs no GPU.
 """
 
 import argparse
