@@ -85,7 +85,7 @@ def branches(base, guided, prompts, row, length):
     """Every prefix of open responses to a prompt, with the reference's log-probs of all next tokens."""
     found = {}
     for place in range(length):
-        prefixes = [one for one in itertools.product([0, *range(2, 9)], repeat=place)]
+        prefixes = list(itertools.product([0, *range(2, 9)], repeat=place))
         padded = torch.tensor([[*one, *[-1] * (length - place)] for one in prefixes])[None]
         batch = prompts.batch(torch.tensor([row]), padded)
         states = guided.normed(base, guided.hidden_states(base, batch, None)[0, 0, :, place])
@@ -95,7 +95,7 @@ def branches(base, guided, prompts, row, length):
 
 
 def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
-    """By enumeration of all responses: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); exact where nothing follows."""
+    """By enumeration: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); it is exact where nothing follows."""
     monkeypatch.setattr(guided, "EPOCHS", 80)
     base, prompts, judge, responses = laid_out(guided, inputs)
     critic = guided.Critic(16, 4, 9)
@@ -111,7 +111,8 @@ def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
     taught, again = teacher.log_probs(rows, places, states, torch.full_like(places, row))
     assert torch.allclose(plain, again, atol=1e-6) and taught.logsumexp(-1).abs().max() < 1e-5
     lines = {prefix: (own, theirs) for prefix, own, theirs in zip(tree, taught, plain, strict=True)}
-    ends = [(*prefix, 1) for prefix in tree] + [(*prefix, last) for prefix in tree if len(prefix) == 3 for last in [0, *range(2, 9)]]
+    ends = [(*prefix, 1) for prefix in tree]
+    ends += [(*prefix, last) for prefix in tree if len(prefix) == 3 for last in [0, *range(2, 9)]]
     ours, reference, rewards = [], [], []
     for response in ends:
         steps = [(lines[response[:place]], token) for place, token in enumerate(response)]
