@@ -107,7 +107,7 @@ class Teacher:
         whole = places == rows.shape[1] - 1
         found[whole] = self.judge.log_f(rewards[whole], chosen[whole])
         found[:, self.end] = self.judge.log_f(rewards[:, [self.end]], chosen)[:, 0]
-        plain = logits(self.base, hidden, None).float().log_softmax(-1)
+        plain = logits(self.base, hidden, None).log_softmax(-1)
         return (plain + found.clamp(min=FLOOR)).log_softmax(-1), plain
 
 

@@ -172,7 +172,7 @@ def draw_own(
         log_ratios = token_log_probs(policy, hidden, wanted, None)[0] - reference
         found.append((responses, reference, log_ratios, normed(policy, hidden[0])))
     responses, reference, log_ratios, hidden = (torch.cat(parts) for parts in zip(*found, strict=True))
-    among = Prompts(prompts.tokens[chosen], prompts.lengths[chosen], prompts.last[chosen])
+    among = prompts.some(chosen)
     live, log_ratio = responses >= 0, log_ratios.sum(-1)
     log_f = TEMPER * judge.log_f(judge.score(among, responses).double(), chosen)
     cost = (log_ratio - log_f).clamp(-CAP, CAP)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from benchmarks.stacked_llama import native_dtype
 from iapo.store import write_json
 
 CONTEXT = 128
@@ -92,9 +93,7 @@ def fit(model: torch.nn.Module, losses: Iterator[torch.Tensor], steps: int, rate
 
 def mixed_precision() -> torch.autocast:
     """Autocast to bfloat16 where the processor computes in it; where that is emulated it is slower (docs/log.md)."""
-    processor = torch.cpu.get_capabilities()
-    native = processor.get("amx_bf16", False) or processor.get("avx512_bf16", False)
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native_dtype() == torch.bfloat16)
 
 
 def language_loss(model: Any, rows: Sequence[list[int]], pad: int, after: int | None = None) -> torch.Tensor:

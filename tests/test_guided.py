@@ -131,6 +131,63 @@ def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
     assert torch.allclose(own, (theirs + known).log_softmax(0), atol=1e-5)
 
 
+def test_the_critic_bends_with_the_reward_and_is_the_same_at_one_token_and_at_all(guided):
+    critic, (hidden, now) = guided.Critic(16, 4, 9), (torch.randn(5, 16), torch.randn(5))
+    then, places = 2 * torch.randn(5, 9), torch.tensor([0, 1, 2, 2, 3])
+    found = critic(hidden, places, now, then, None)
+    bent = [[one, *(max(one - knot, 0) for knot in guided.KNOTS)] for one in now.tolist()]
+    inputs = torch.cat([hidden, torch.eye(4)[places], torch.tensor(bent)], dim=-1)
+    for row, out in enumerate(critic.body(inputs)):
+        for token in range(9):
+            vector, bias = critic.tokens[token, :-1], critic.tokens[token, -1]
+            one = then[row, token]
+            steps = torch.stack([one, *((one - knot).clamp(min=0) for knot in guided.KNOTS)])
+            expected = out[-1] + out[: guided.RANK] @ vector + bias + out[guided.RANK : -1] @ steps
+            assert found[row, token].item() == pytest.approx(expected.item(), abs=1e-4)
+    for token in range(9):
+        single = critic(hidden, places, now, then[:, [token]], torch.full((5,), token))
+        assert torch.allclose(single[:, 0], found[:, token], atol=1e-5)
+
+
+def test_the_critic_learns_from_each_open_prefix_and_the_token_behind_it(guided, inputs, monkeypatch):
+    base, prompts, judge, responses = laid_out(guided, inputs)
+    found = guided.prefix_rewards(judge.score, prompts, responses[:, :6])
+    score = importlib.import_module("benchmarks.hh_rewards").features
+    for row, number, place in np.ndindex(4, 6, 5):
+        text = decoded(responses[row, number, :place].tolist())
+        expected = sum(WEIGHTS.get(one, 0.0) for one in score(text))
+        assert found[row, number, place].item() == pytest.approx(expected, abs=1e-6)
+
+    seen = []
+
+    class Recorder(guided.Critic):
+        def forward(self, hidden, places, now, then, tokens):
+            seen.append((places, now, then[:, 0], tokens))
+            return super().forward(hidden, places, now, then, tokens)
+
+    monkeypatch.setattr(guided, "EPOCHS", 1)
+    monkeypatch.setattr(guided, "standard", lambda judge, rewards, chosen: rewards)
+    monkeypatch.setattr(guided, "prefix_rewards", lambda *rest: torch.arange(5.0).expand(4, 256, 5))
+    assert len(list(guided.fit(Recorder(16, 4, 9), base, judge, prompts, responses, 1))) == 4
+    places, now, then, tokens = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(now, places.float()) and torch.equal(then, places + 1.0)
+    assert set(places.tolist()) == {0, 1, 2}  # behind the fourth token nothing follows
+    assert set(tokens.tolist()) == {0, *range(2, 9)}  # and nothing behind the end
+
+
+def test_what_the_critic_says_is_on_the_scale_of_f(guided, inputs):
+    base, _, judge, _ = laid_out(guided, inputs)
+    form = solve("worst_of(4)", target_kl=0.5)
+    assert judge.log_max().item() == pytest.approx(form.log_mean_density([255 / 256], [1.0])[0], abs=1e-5)
+    next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
+    half = guided.Teacher(base, judge, next_rewards, lambda *rest: torch.zeros(1, 9), 1)
+    hidden, row = torch.randn(1, 16), torch.tensor([2])
+    own, plain = half.log_probs(torch.tensor([[2, 3, -1, -1]]), torch.tensor([2]), hidden, row)
+    ended = judge.log_f(torch.tensor([[next_rewards([2, 3])[1]]]), row).item()
+    rises = (own - plain)[0]
+    assert (rises[3] - rises[1]).item() == pytest.approx(judge.log_max().item() - np.log(2) - ended, abs=1e-4)
+
+
 def test_steps_go_through_all_own_samples(guided):
     seen = Counter()
     for rows, picked in guided.groups(6):
