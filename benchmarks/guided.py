@@ -2,12 +2,14 @@
 
     python benchmarks/guided.py FILE FOLDER --seconds 3600         # FILE: many_responses.py prepare's, of `hh`
     torchrun --nproc-per-node 2 benchmarks/guided.py FILE FOLDER   # on two cores, each with half of the prompts
+    ... guided.py FILE FOLDER --policy NAME --begin FOLDER          # from the policy of another KL
     python benchmarks/many_responses.py measure FOLDER hh [as for prepare]
 
 The optimal policy is π*(a | y_<s) ∝ π_ref(a | y_<s) E[f | y_<s a], f being the closed form's density at the calibrated
 reward of the whole response, E the mean over the reference's. A critic is fitted to f at prefixes of reference samples:
 it sees the reference's hidden state and the rewards of the prefix alone and with the token, as if they were whole.
-Where the response ends with the token f is known. (So far controlled decoding, arXiv 2310.17022.) The policy is fitted
+Where the response ends with the token f is known. (So far controlled decoding, arXiv 2310.17022.) The critic goes on
+learning at the policy's samples, from its own mean over what may follow a prefix with the token. The policy is fitted
 to this teacher at prefixes of its own samples (as in arXiv 2306.13649) by KL(π ‖ teacher) over all next tokens, which
 has no noise of the tokens that happened to be drawn and of the rewards that they happened to bring. Needs no GPU.
 """
@@ -20,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.many_responses import policy_of  # noqa: E402
 from benchmarks.many_samples import Prompts, Rewards, bigram_rewards  # noqa: E402
 from benchmarks.next_rewards import NextRewards  # noqa: E402
 from benchmarks.on_policy import HeldOut, Judge, judge_of  # noqa: E402
@@ -41,8 +44,8 @@ KNOTS = (-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Where the critic's functions of a reward bend, in standard deviations of the reference's from their mean."""
 WIDTH, RANK = 256, 64
 """Of the critic: units of a layer, and of what a prefix and a token have to do with each other."""
-EPOCHS, RATE = 2, 2e-3
-"""Of the critic's training."""
+EPOCHS, RATE, REFINE = 2, 2e-3, 2e-4
+"""Of the critic's training, and its rate while the policy is trained."""
 PROMPTS, SAMPLES, PASSES = 64, 32, 3
 """Drawn at a time: prompts and responses to each; and how often these are gone through."""
 GROUPS, TOGETHER, SHARE = 2, 16, 0.3
@@ -92,8 +95,8 @@ class Teacher:
     critic: Critic
     end: int
 
-    def log_probs(self, rows: Tensor, places: Tensor, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all next tokens [N, V], the teacher's and the reference's.
+    def log_probs(self, rows: Tensor, places: Tensor, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all next tokens [N, V], the teacher's and the reference's; and log E[f] of the prefixes [N].
 
         After the first places [N] of the rows [N, R], responses to the chosen prompts [N]; hidden [N, d].
         """
@@ -108,7 +111,9 @@ class Teacher:
         found[whole] = self.judge.log_f(rewards[whole], chosen[whole])
         found[:, self.end] = self.judge.log_f(rewards[:, [self.end]], chosen)[:, 0]
         plain = logits(self.base, hidden, None).log_softmax(-1)
-        return (plain + found.clamp(min=FLOOR)).log_softmax(-1), plain
+        weighed = plain + found.clamp(min=FLOOR)
+        values = weighed.logsumexp(-1)
+        return weighed - values[:, None], plain, values
 
 
 def standard(judge: Judge, rewards: Tensor, chosen: Tensor) -> Tensor:
@@ -166,32 +171,62 @@ def prefix_rewards(score: Rewards, prompts: Prompts, responses: Tensor) -> Tenso
 # --- The policy -----------------------------------------------------------------------------------------------------
 
 
-def own_samples(
-    policy: Llama, base: Llama, prompts: Prompts, chosen: Tensor, length: int, end: int
-) -> tuple[Tensor, Tensor]:
-    """The policy's responses [g, n, R] to the chosen prompts [g], and the reference's hidden states there."""
-    responses, hidden = [], []
+class Own(NamedTuple):
+    """The policy's responses [g, n, R] to the chosen prompts [g]; of their prefixes the reference's hidden states
+    [g, n, R, d] and the rewards [g, n, R + 1] in standard deviations."""
+
+    chosen: Tensor
+    responses: Tensor
+    hidden: Tensor
+    rewards: Tensor
+
+    def some(self, rows: Tensor, picked: Tensor) -> "Own":
+        """Of prompts at rows [g] the responses picked [g, n]."""
+        return Own(self.chosen[rows], *(part[rows[:, None], picked] for part in self[1:]))
+
+
+def own_samples(policy: Llama, teacher: Teacher, prompts: Prompts, chosen: Tensor, length: int) -> Own:
+    """SAMPLES to each of the chosen prompts [g]."""
+    base, responses, hidden = teacher.base, [], []
     for some in chosen.split(8):
         own = prompts.some(some)
-        responses.append(sample(policy, own.tokens, own.lengths, own.last, SAMPLES, length, end))
+        responses.append(sample(policy, own.tokens, own.lengths, own.last, SAMPLES, length, teacher.end))
         batch = own.batch(torch.arange(len(some)), responses[-1].long())
         hidden.append(normed(base, hidden_states(base, batch, None)[0]))
-    return torch.cat(responses), torch.cat(hidden)
+    rows = torch.cat(responses)
+    prefixes = prefix_rewards(teacher.judge.score, prompts.some(chosen), rows)
+    return Own(chosen, rows, torch.cat(hidden), standard(teacher.judge, prefixes.flatten(1), chosen).view_as(prefixes))
 
 
-def kl_to(teacher: Teacher, stack: Stack, prompts: Prompts, chosen: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
-    """KL(π ‖ teacher) [2] over the next token, mean over prefixes of which a share is looked at, and the reference's.
+def both_losses(teacher: Teacher, stack: Stack, prompts: Prompts, own: Own) -> tuple[Tensor, Tensor]:
+    """Of the policy and the critic, means over prefixes of which a share is looked at.
 
-    rows [g, n, R]: responses to the chosen prompts [g]; hidden [g, n, R, d]: the reference's hidden states.
+    KL(π ‖ teacher) [2] over the next token, and the reference's. And the critic's logistic loss with the last token of
+    a prefix, whose E[f] is known better behind it: as the reference's mean over what follows, f itself at the end.
     """
-    base, looked_at = teacher.base, (rows >= 0) & (torch.rand(rows.shape) < SHARE)
+    base, (chosen, rows, hidden, rewards) = teacher.base, own
+    looked_at = (rows >= 0) & (torch.rand(rows.shape) < SHARE)
     prompt, response, place = looked_at.nonzero().T
     with torch.no_grad():
-        wanted, plain = teacher.log_probs(rows[prompt, response], place, hidden[looked_at], chosen[prompt])
+        wanted, plain, values = teacher.log_probs(rows[prompt, response], place, hidden[looked_at], chosen[prompt])
+    later = place > 0
+    before = (prompt[later], response[later], place[later] - 1)
+    then = rewards[..., 1:][before][:, None]
+    said = teacher.critic(hidden[before], before[2], rewards[before], then, rows[before].long())[:, 0]
+    of_critic = F.binary_cross_entropy_with_logits(said, (values[later] - teacher.judge.log_max()).exp().clamp(max=1))
     batch = prompts.some(chosen).batch(torch.arange(len(chosen)), rows.long())
     states = normed(base, hidden_states(base, batch, stack.adapters)[0][looked_at])
     found = logits(base, states[None], stack.adapters)[0].log_softmax(-1)
-    return torch.stack([(one.exp() * (one - wanted)).sum(-1).mean() for one in (found, plain)])
+    return torch.stack([(one.exp() * (one - wanted)).sum(-1).mean() for one in (found, plain)]), of_critic
+
+
+def begin_at(stack: Stack, name: str, stored: dict[str, dict[str, Tensor]]) -> None:
+    """At the one policy that is stored, scaled to the named one's KL, which grows with the square of small changes."""
+    ((other, weights),) = stored.items()
+    (*_, wanted), (*_, spent) = policy_of(name), policy_of(other)
+    for layer, (a, b) in zip(stack.names, stack.pairs, strict=True):
+        a.data[0] = weights[f"{layer}.lora_A"]
+        b.data[0] = math.sqrt(wanted / spent) * weights[f"{layer}.lora_B"]
 
 
 def take_step(optimizer: torch.optim.Optimizer, gradient: Sequence[Tensor]) -> None:
@@ -231,6 +266,8 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
     training = training.some(torch.arange(len(training.last))[rank::world])
     torch.manual_seed(args.seed)  # the same adapters and critic in all processes
     stack = Stack(base, 1, inputs["rank"], cpu, inputs["output_layer"])
+    if args.begin:
+        begin_at(stack, name, torch.load(args.begin / "adapters0.pt"))
     critic = Critic(base.norm.shape[0], length, len(base.output))
     torch.manual_seed(args.seed * world + rank)
 
@@ -251,24 +288,25 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
             say("critic", done=round(done, 2), loss=round(torch.stack(losses[-200:]).mean().item(), 4))
     teacher = Teacher(base, judge, next_rewards, critic, end)
     optimizer = torch.optim.Adam(stack.leaves, lr=0.0, betas=(0.9, 0.99))
+    consistent = torch.optim.AdamW(critic.parameters(), lr=0.0, weight_decay=1e-3)
     step, seen, shown, history, kls = 0, 0, 0.0, [], torch.zeros(2)
     trained_from, spent = time.perf_counter(), 0.0
     while spent < 1:
         chosen = torch.randperm(len(training.last))[:PROMPTS]
         chosen = chosen[training.lengths[chosen].argsort()]  # what is of like length is sampled together
         with torch.no_grad():
-            responses, hidden = own_samples(stack.merged(base, 0), base, training, chosen, length, end)
+            own = own_samples(stack.merged(base, 0), teacher, training, chosen, length)
         for rows, picked in groups(len(chosen)):
-            own = (responses[rows[:, None], picked], hidden[rows[:, None], picked])
             share = (time.perf_counter() - trained_from) / (began + args.seconds - trained_from)
             spent = mean_of_processes([torch.tensor(share)])[0].item()
             if spent >= 1:
                 break
-            found = kl_to(teacher, stack, training, chosen[rows], *own)
+            found, of_critic = both_losses(teacher, stack, training, own.some(rows, picked))
             pace = min(step / 50, 1) * (0.5 + 0.5 * math.cos(math.pi * spent))
-            optimizer.param_groups[0]["lr"] = args.learning_rate * pace
+            optimizer.param_groups[0]["lr"], consistent.param_groups[0]["lr"] = args.learning_rate * pace, REFINE * pace
             take_step(optimizer, torch.autograd.grad(found[0], stack.leaves))
-            step, seen = step + 1, seen + world * own[0].shape[0] * TOGETHER
+            take_step(consistent, torch.autograd.grad(of_critic, list(critic.parameters())))
+            step, seen = step + 1, seen + world * picked.numel()
             kls = kls.lerp(found.detach(), max(0.01, 1 / step))
             if spent >= shown and rank == 0:
                 figures = {"taught": round(1 - (kls[0] / kls[1]).item(), 4), **held_out.figures(stack.merged(base, 0))}
@@ -301,6 +339,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--policy", help="its name; the first without")
+    parser.add_argument("--begin", type=Path, help="folder of a policy for another KL; the reference without")
     parser.add_argument("--seconds", type=float, default=3600, help="for so long, with what comes before training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--at-once", type=int, default=8192, help="responses that are sampled together")

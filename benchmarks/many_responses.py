@@ -306,7 +306,8 @@ def main() -> None:
     args = quality.parse([*([given.out.name] if given.out else []), *rest])
     args.seed = given.seed
     args.out = args.out.with_name(f"{args.setting}-{args.seed}")
-    os.chdir(ROOT)
+    given.path = given.path.resolve()
+    os.chdir(ROOT)  # where reward functions are looked for
     if given.what == "prepare":
         prepare(given.path, args, given.policies, given.samples)
     else:

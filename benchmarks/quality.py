@@ -343,6 +343,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.setting in ("hh", "gsm8k") and args.data is None:
         parser.error(f"{args.setting} needs --data, where the data set lies")
     args.procedures = [str(parse_procedure(text)) for text in args.procedures]
+    args.data = args.data and args.data.resolve()
     args.out = args.out.resolve() / f"{args.setting}-{args.seed}"
     return args
 

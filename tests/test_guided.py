@@ -94,21 +94,14 @@ def branches(base, guided, prompts, row, length):
     return found
 
 
-def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
-    """By enumeration: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); it is exact where nothing follows."""
-    monkeypatch.setattr(guided, "EPOCHS", 80)
-    base, prompts, judge, responses = laid_out(guided, inputs)
-    critic = guided.Critic(16, 4, 9)
-    losses = [loss.item() for _, loss in guided.fit(critic, base, judge, prompts, responses, 1)]
-    assert np.mean(losses[-50:]) < np.mean(losses[:10])
-    next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
-    teacher = guided.Teacher(base, judge, next_rewards, critic, 1)
-    row = 1
+def distances(guided, teacher, prompts, row):
+    """KL(π_ref ‖ π*) and KL(teacher ‖ π*) over all responses to a prompt, and the log-probs along the way."""
+    base, judge, next_rewards = teacher.base, teacher.judge, teacher.next_rewards
     tree = branches(base, guided, prompts, row, 4)
     rows = torch.tensor([[*prefix, *[5] * (4 - len(prefix))] for prefix in tree])  # what comes later must not matter
     places = torch.tensor([len(prefix) for prefix in tree])
     states, plain = (torch.stack(parts) for parts in zip(*tree.values(), strict=True))
-    taught, again = teacher.log_probs(rows, places, states, torch.full_like(places, row))
+    taught, again, _ = teacher.log_probs(rows, places, states, torch.full_like(places, row))
     assert torch.allclose(plain, again, atol=1e-6) and taught.logsumexp(-1).abs().max() < 1e-5
     lines = {prefix: (own, theirs) for prefix, own, theirs in zip(tree, taught, plain, strict=True)}
     ends = [(*prefix, 1) for prefix in tree]
@@ -123,12 +116,43 @@ def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
     assert ours.exp().sum().item() == pytest.approx(1, abs=1e-4)
     log_f = judge.log_f(torch.tensor(rewards)[None], torch.tensor([row]))[0].clamp(min=guided.FLOOR)
     optimal = (reference + log_f).log_softmax(0)
-    far, near = ((one.exp() * (one - optimal)).sum().item() for one in (reference, ours))
+    return *((one.exp() * (one - optimal)).sum().item() for one in (reference, ours)), lines
+
+
+def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
+    """By enumeration: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); it is exact where nothing follows."""
+    monkeypatch.setattr(guided, "EPOCHS", 80)
+    base, prompts, judge, responses = laid_out(guided, inputs)
+    critic = guided.Critic(16, 4, 9)
+    losses = [loss.item() for _, loss in guided.fit(critic, base, judge, prompts, responses, 1)]
+    assert np.mean(losses[-50:]) < np.mean(losses[:10])
+    next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
+    row = 1
+    far, near, lines = distances(guided, guided.Teacher(base, judge, next_rewards, critic, 1), prompts, row)
     assert far > 1 and near < 0.1 * far
     last = (2, 3, 6)  # the ratios of the last token's probabilities are those of f
     own, theirs = lines[last]
     known = judge.log_f(torch.tensor(next_rewards(last))[None], torch.tensor([row]))[0].clamp(min=guided.FLOOR)
     assert torch.allclose(own, (theirs + known).log_softmax(0), atol=1e-5)
+
+
+def test_the_critic_learns_from_itself_what_f_at_the_end_says(guided, inputs):
+    """From nothing but its own next values and f where responses end, at samples of a policy that stays as it is."""
+    base, prompts, judge, _ = laid_out(guided, inputs)
+    critic, next_rewards = guided.Critic(16, 4, 9), guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
+    teacher = guided.Teacher(base, judge, next_rewards, critic, 1)
+    stack = guided.Stack(base, 1, 8, torch.device("cpu"), True)
+    optimizer, steps = torch.optim.AdamW(critic.parameters(), weight_decay=1e-3), 400
+    far, before, _ = distances(guided, teacher, prompts, 1)
+    for step in range(steps):
+        if step % 40 == 0:
+            with torch.no_grad():
+                own = guided.own_samples(base, teacher, prompts, torch.arange(4), 4)
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        _, of_critic = guided.both_losses(teacher, stack, prompts, own)
+        guided.take_step(optimizer, torch.autograd.grad(of_critic, list(critic.parameters())))
+    after = distances(guided, teacher, prompts, 1)[1]
+    assert after < 0.1 * far < before
 
 
 def test_the_critic_bends_with_the_reward_and_is_the_same_at_one_token_and_at_all(guided):
@@ -182,7 +206,7 @@ def test_what_the_critic_says_is_on_the_scale_of_f(guided, inputs):
     next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
     half = guided.Teacher(base, judge, next_rewards, lambda *rest: torch.zeros(1, 9), 1)
     hidden, row = torch.randn(1, 16), torch.tensor([2])
-    own, plain = half.log_probs(torch.tensor([[2, 3, -1, -1]]), torch.tensor([2]), hidden, row)
+    own, plain, _ = half.log_probs(torch.tensor([[2, 3, -1, -1]]), torch.tensor([2]), hidden, row)
     ended = judge.log_f(torch.tensor([[next_rewards([2, 3])[1]]]), row).item()
     rises = (own - plain)[0]
     assert (rises[3] - rises[1]).item() == pytest.approx(judge.log_max().item() - np.log(2) - ended, abs=1e-4)
@@ -200,7 +224,7 @@ def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monk
     monkeypatch.setattr(guided, "EPOCHS", 20)
     ticks = itertools.count(step=0.1)
     monkeypatch.setattr(guided, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    args = argparse.Namespace(seconds=60, learning_rate=1e-2, at_once=1024, seed=0)
+    args = argparse.Namespace(seconds=60, learning_rate=1e-2, at_once=1024, seed=0, begin=None)
     guided.train(inputs, inputs["policies"][0], tmp_path, args)
     about = json.loads((tmp_path / "log.json").read_text())
     assert capsys.readouterr().out.splitlines()[-1] == json.dumps({"benchmark": "guided", **about})
@@ -214,6 +238,14 @@ def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monk
     weights = {f"base_model.model.{part}.default.weight": value for part, value in stored.items()}
     assert not policy.load_state_dict(weights, strict=False).unexpected_keys
     assert set(weights) == {part for part in policy.state_dict() if "lora_" in part}
+
+    base = guided.Llama.of(*inputs["base"].values(), torch.float32, torch.device("cpu"))
+    stack = guided.Stack(base, 1, 8, torch.device("cpu"), True)
+    guided.begin_at(stack, "optimal worst_of(4) 2", torch.load(tmp_path / "adapters0.pt"))  # four times the nats
+    begun = stack.weights(0)
+    assert begun.keys() == stored.keys()
+    assert all(torch.allclose(begun[part], (2 if "lora_B" in part else 1) * own) for part, own in stored.items())
+    assert stack.adapters.output[1].abs().sum() > 0  # what the products have is what was read
 
 
 def test_two_processes_train_one_policy(inputs, tmp_path):
