@@ -54,6 +54,7 @@ def test_the_benchmark_of_quality_leaves_nothing_out(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     benchmark = importlib.import_module("benchmarks.quality")
+    assert benchmark.parse(["hh", "--data", "here.gz"]).data == tmp_path / "here.gz"  # it runs in the package's folder
     sections = {"sample": {"samples_per_prompt": 64}, "train": {"epochs": 4, "learning_rate": 3e-3, "lora_rank": 32}}
     arguments = ["enumerable", "--out", str(tmp_path), "--transforms", "optimal", "--baselines", "--kls", "0.3"]
     found = {one.split: one for one in benchmark.main([*arguments, "--sections", json.dumps(sections)])}
