@@ -2,7 +2,7 @@
 
     python benchmarks/guided.py FILE FOLDER --seconds 3600         # FILE: many_responses.py prepare's, of `hh`
     torchrun --nproc-per-node 2 benchmarks/guided.py FILE FOLDER   # on two cores, each with half of the prompts
-    ... guided.py FILE FOLDER --policy NAME --begin FOLDER          # from the policy of another KL
+    ... guided.py FILE FOLDER --policy NAME --begin FOLDER         # from an earlier policy, of this or another KL
     python benchmarks/many_responses.py measure FOLDER hh [as for prepare]
 
 The optimal policy is π*(a | y_<s) ∝ π_ref(a | y_<s) E[f | y_<s a], f being the closed form's density at the calibrated
@@ -213,7 +213,7 @@ def both_losses(teacher: Teacher, stack: Stack, prompts: Prompts, own: Own) -> t
     before = (prompt[later], response[later], place[later] - 1)
     then = rewards[..., 1:][before][:, None]
     said = teacher.critic(hidden[before], before[2], rewards[before], then, rows[before].long())[:, 0]
-    of_critic = F.binary_cross_entropy_with_logits(said, (values[later] - teacher.judge.log_max()).exp().clamp(max=1))
+    of_critic = F.binary_cross_entropy_with_logits(said, (values[later] - teacher.judge.log_max()).exp())
     batch = prompts.some(chosen).batch(torch.arange(len(chosen)), rows.long())
     states = normed(base, hidden_states(base, batch, stack.adapters)[0][looked_at])
     found = logits(base, states[None], stack.adapters)[0].log_softmax(-1)
@@ -288,7 +288,7 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
             say("critic", done=round(done, 2), loss=round(torch.stack(losses[-200:]).mean().item(), 4))
     teacher = Teacher(base, judge, next_rewards, critic, end)
     optimizer = torch.optim.Adam(stack.leaves, lr=0.0, betas=(0.9, 0.99))
-    consistent = torch.optim.AdamW(critic.parameters(), lr=0.0, weight_decay=1e-3)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0.0, weight_decay=1e-3)
     step, seen, shown, history, kls = 0, 0, 0.0, [], torch.zeros(2)
     trained_from, spent = time.perf_counter(), 0.0
     while spent < 1:
@@ -303,9 +303,10 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
                 break
             found, of_critic = both_losses(teacher, stack, training, own.some(rows, picked))
             pace = min(step / 50, 1) * (0.5 + 0.5 * math.cos(math.pi * spent))
-            optimizer.param_groups[0]["lr"], consistent.param_groups[0]["lr"] = args.learning_rate * pace, REFINE * pace
+            optimizer.param_groups[0]["lr"] = args.learning_rate * pace
+            critic_optimizer.param_groups[0]["lr"] = REFINE * pace
             take_step(optimizer, torch.autograd.grad(found[0], stack.leaves))
-            take_step(consistent, torch.autograd.grad(of_critic, list(critic.parameters())))
+            take_step(critic_optimizer, torch.autograd.grad(of_critic, list(critic.parameters())))
             step, seen = step + 1, seen + world * picked.numel()
             kls = kls.lerp(found.detach(), max(0.01, 1 / step))
             if spent >= shown and rank == 0:
@@ -339,7 +340,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--policy", help="its name; the first without")
-    parser.add_argument("--begin", type=Path, help="folder of a policy for another KL; the reference without")
+    parser.add_argument("--begin", type=Path, help="folder of an earlier policy, of any KL; the reference without")
     parser.add_argument("--seconds", type=float, default=3600, help="for so long, with what comes before training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--at-once", type=int, default=8192, help="responses that are sampled together")

@@ -247,6 +247,24 @@ def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monk
     assert all(torch.allclose(begun[part], (2 if "lora_B" in part else 1) * own) for part, own in stored.items())
     assert stack.adapters.output[1].abs().sum() > 0  # what the products have is what was read
 
+    critics = []
+
+    class Kept(guided.Critic):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            critics.append((self, self.tokens.detach().clone()))
+
+    monkeypatch.setattr(guided, "Critic", Kept)
+    monkeypatch.setattr(guided, "EPOCHS", 0)
+    again = argparse.Namespace(**vars(args) | {"seconds": 3, "begin": tmp_path})
+    (tmp_path / "again").mkdir()
+    guided.train(inputs, inputs["policies"][0], tmp_path / "again", again)
+    begun = json.loads((tmp_path / "again" / "log.json").read_text())["history"][0]
+    assert begun["kl"] == pytest.approx(last["kl"], abs=0.1)
+    assert begun["explained"] == pytest.approx(last["explained"], abs=0.02)
+    ((critic, before),) = critics  # which `fit` taught nothing: it learns while the policy does
+    assert not torch.equal(critic.tokens, before)
+
 
 def test_two_processes_train_one_policy(inputs, tmp_path):
     torch.save(inputs, tmp_path / "inputs.pt")

@@ -101,6 +101,15 @@ def test_many_responses_are_sampled_and_rewarded_as_one_by_one(many):
     assert found.flatten().tolist() == pytest.approx(score_token_ids(reward, whole, 0, 32), abs=1e-5)
 
 
+def test_a_relative_path_is_of_the_folder_that_one_is_in(many, tmp_path, monkeypatch):
+    module, seen = importlib.import_module("benchmarks.many_responses"), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "measure", lambda folder, prefix, args: seen.append((folder, args.out)))
+    monkeypatch.setattr("sys.argv", ["many_responses", "measure", "trained", "bundled", "--out", "runs"])
+    module.main()
+    assert seen == [(tmp_path / "trained", tmp_path / "runs" / "bundled-0")]
+
+
 def test_targets_and_groups_of_many_responses(many):
     module, samples = many[:2]
     forms = [solve("best_of(4)", target_kl=0.5), solve("worst_of(16)", target_kl=0.5)]
