@@ -155,6 +155,32 @@ def test_the_critic_learns_from_itself_what_f_at_the_end_says(guided, inputs):
     assert after < 0.1 * far < before
 
 
+def test_the_critic_is_asked_about_the_last_token_of_each_prefix(guided, inputs, monkeypatch):
+    base, prompts, judge, _ = laid_out(guided, inputs)
+    asked = []
+
+    class Recorder(guided.Critic):
+        def forward(self, hidden, places, now, then, tokens):
+            if tokens is not None:
+                asked.extend(zip(places.tolist(), now.tolist(), then[:, 0].tolist(), tokens.tolist(), strict=True))
+            return super().forward(hidden, places, now, then, tokens)
+
+    next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
+    teacher = guided.Teacher(base, judge, next_rewards, Recorder(16, 4, 9), 1)
+    monkeypatch.setattr(guided, "SHARE", 1.1)
+    own = guided.own_samples(base, teacher, prompts, torch.tensor([2, 0]), 4)
+    guided.both_losses(teacher, guided.Stack(base, 1, 8, torch.device("cpu"), True), prompts, own)
+    expected = []
+    for prompt, rows in zip([2, 0], own.responses.tolist(), strict=True):
+        for row in rows:
+            for place in range(row.index(-1) - 1 if -1 in row else 3):
+                said = [next_rewards(row[:place])[1], next_rewards([*row[:place], row[place]])[1]]
+                now, then = guided.standard(judge, torch.tensor([said]), torch.tensor([prompt]))[0].tolist()
+                expected.append((place, now, then, row[place]))
+    assert len(asked) == len(expected) > 64
+    assert np.allclose(asked, expected, atol=1e-4)
+
+
 def test_the_critic_bends_with_the_reward_and_is_the_same_at_one_token_and_at_all(guided):
     critic, (hidden, now) = guided.Critic(16, 4, 9), (torch.randn(5, 16), torch.randn(5))
     then, places = 2 * torch.randn(5, 9), torch.tensor([0, 1, 2, 2, 3])
