@@ -2,16 +2,16 @@
 
     python benchmarks/guided.py FILE FOLDER --seconds 3600         # FILE: many_responses.py prepare's, of `hh`
     torchrun --nproc-per-node 2 benchmarks/guided.py FILE FOLDER   # on two cores, each with half of the prompts
-    ... guided.py FILE FOLDER --policy NAME --begin FOLDER         # from an earlier policy, of this or another KL
+    ... guided.py FILE FOLDER --policy NAME --begin FOLDER         # from an earlier one, of this or another KL
     python benchmarks/many_responses.py measure FOLDER hh [as for prepare]
 
 The optimal policy is π*(a | y_<s) ∝ π_ref(a | y_<s) E[f | y_<s a], f being the closed form's density at the calibrated
-reward of the whole response, E the mean over the reference's. A critic is fitted to f at prefixes of reference samples:
-it sees the reference's hidden state and the rewards of the prefix alone and with the token, as if they were whole.
-Where the response ends with the token f is known. (So far controlled decoding, arXiv 2310.17022.) The critic goes on
-learning at the policy's samples, from its own mean over what may follow a prefix with the token. The policy is fitted
-to this teacher at prefixes of its own samples (as in arXiv 2306.13649) by KL(π ‖ teacher) over all next tokens, which
-has no noise of the tokens that happened to be drawn and of the rewards that they happened to bring. Needs no GPU.
+reward of the whole response, E the mean over the reference's (so far controlled decoding, arXiv 2310.17022). A critic
+of E[f] sees the reference's hidden state and the rewards of the prefix alone and with the token, as if they were whole.
+Where the response ends with the token f is known. The critic learns at the policy's samples, from its own mean over
+what may follow a prefix with the token. The policy is fitted to this teacher at the same prefixes (on-policy
+distillation, as arXiv 2306.13649) by KL(π ‖ teacher) over all next tokens, which has no noise of the tokens that
+happened to be drawn and of the rewards that they happened to bring. Needs no GPU.
 """
 
 import argparse
@@ -44,12 +44,12 @@ KNOTS = (-4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Where the critic's functions of a reward bend, in standard deviations of the reference's from their mean."""
 WIDTH, RANK = 256, 64
 """Of the critic: units of a layer, and of what a prefix and a token have to do with each other."""
-EPOCHS, RATE, REFINE = 2, 2e-3, 2e-4
-"""Of the critic's training, and its rate while the policy is trained."""
-PROMPTS, SAMPLES, PASSES = 64, 32, 3
-"""Drawn at a time: prompts and responses to each; and how often these are gone through."""
-GROUPS, TOGETHER, SHARE = 2, 16, 0.3
-"""Prompts in a step, responses to each, and the share of their prefixes that is looked at."""
+RATE = 2e-3
+"""Of the critic's steps at most."""
+PROMPTS, SAMPLES = 64, 32
+"""Drawn at a time: prompts, and responses to each."""
+GROUPS, TOGETHER = 2, 16
+"""In a step: groups, and responses of one prompt in a group. All of their prefixes are looked at, each once."""
 FLOOR = -12.0
 """Nats; E[f] counts as no less."""
 
@@ -125,39 +125,6 @@ def standard(judge: Judge, rewards: Tensor, chosen: Tensor) -> Tensor:
 # --- The critic -----------------------------------------------------------------------------------------------------
 
 
-def fit(
-    critic: Critic, base: Llama, judge: Judge, prompts: Prompts, responses: Tensor, end: int
-) -> Iterator[tuple[float, Tensor]]:
-    """Logistic regression of f over its maximum at all prefixes of responses [G, M, R]; yields each step's loss."""
-    count, samples = responses.shape[:2]
-    everyone = torch.arange(count)
-    prefixes = prefix_rewards(judge.score, prompts, responses)
-    rewards = standard(judge, prefixes.flatten(1), everyone).view(prefixes.shape)
-    labels = (judge.log_f(judge.reference, everyone) - judge.log_max()).exp()
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=0.0, weight_decay=1e-3)
-    (everywhere,) = mean_of_processes([torch.tensor(float(count))])  # each must take as many steps
-    steps = int(EPOCHS * everywhere.item() * samples) // 256
-    for step in range(steps):
-        chosen = torch.randperm(count)[:16]
-        picked = torch.randint(samples, (len(chosen), 16))
-        rows = responses[chosen[:, None], picked].long()
-        with torch.no_grad():
-            hidden = normed(
-                base, hidden_states(base, prompts.some(chosen).batch(torch.arange(len(chosen)), rows), None)[0]
-            )
-        open_ = (rows >= 0) & (rows != end)
-        open_[..., -1] = False  # what follows is known there
-        places = open_.nonzero()
-        own = rewards[chosen[:, None], picked]
-        now, then = own[..., :-1][open_], own[..., 1:][open_]
-        found = critic(hidden[open_], places[:, 2], now, then[:, None], rows[open_])[:, 0]
-        wanted = labels[chosen[:, None], picked][places[:, 0], places[:, 1]]
-        loss = F.binary_cross_entropy_with_logits(found, wanted)
-        optimizer.param_groups[0]["lr"] = RATE * min(step / 100, 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        take_step(optimizer, torch.autograd.grad(loss, list(critic.parameters())))
-        yield step / steps, loss.detach()
-
-
 def prefix_rewards(score: Rewards, prompts: Prompts, responses: Tensor) -> Tensor:
     """Rewards [G, M, R + 1] of the first 0 to R tokens of responses [G, M, R], as if they were whole."""
     found = []
@@ -199,24 +166,25 @@ def own_samples(policy: Llama, teacher: Teacher, prompts: Prompts, chosen: Tenso
 
 
 def both_losses(teacher: Teacher, stack: Stack, prompts: Prompts, own: Own) -> tuple[Tensor, Tensor]:
-    """Of the policy and the critic, means over prefixes of which a share is looked at.
+    """Of the policy and the critic, means over prefixes.
 
     KL(π ‖ teacher) [2] over the next token, and the reference's. And the critic's logistic loss with the last token of
     a prefix, whose E[f] is known better behind it: as the reference's mean over what follows, f itself at the end.
     """
     base, (chosen, rows, hidden, rewards) = teacher.base, own
-    looked_at = (rows >= 0) & (torch.rand(rows.shape) < SHARE)
-    prompt, response, place = looked_at.nonzero().T
+    open_ = rows >= 0
+    prompt, response, place = open_.nonzero().T
     with torch.no_grad():
-        wanted, plain, values = teacher.log_probs(rows[prompt, response], place, hidden[looked_at], chosen[prompt])
+        wanted, plain, values = teacher.log_probs(rows[prompt, response], place, hidden[open_], chosen[prompt])
     later = place > 0
     before = (prompt[later], response[later], place[later] - 1)
     then = rewards[..., 1:][before][:, None]
     said = teacher.critic(hidden[before], before[2], rewards[before], then, rows[before].long())[:, 0]
     of_critic = F.binary_cross_entropy_with_logits(said, (values[later] - teacher.judge.log_max()).exp())
     batch = prompts.some(chosen).batch(torch.arange(len(chosen)), rows.long())
-    states = normed(base, hidden_states(base, batch, stack.adapters)[0][looked_at])
-    found = logits(base, states[None], stack.adapters)[0].log_softmax(-1)
+    policy = stack.merged(base, 0)  # a product for each layer, where adapters beside it would have three
+    states = normed(base, hidden_states(policy, batch, None)[0][open_])
+    found = logits(policy, states, None).log_softmax(-1)
     return torch.stack([(one.exp() * (one - wanted)).sum(-1).mean() for one in (found, plain)]), of_critic
 
 
@@ -227,6 +195,12 @@ def begin_at(stack: Stack, name: str, stored: dict[str, dict[str, Tensor]]) -> N
     for layer, (a, b) in zip(stack.names, stack.pairs, strict=True):
         a.data[0] = weights[f"{layer}.lora_A"]
         b.data[0] = math.sqrt(wanted / spent) * weights[f"{layer}.lora_B"]
+
+
+def store(out: Path, name: str, stack: Stack, critic: Critic) -> None:
+    """The policy as `measure` reads it, and the critic, with which a policy that begins here goes on."""
+    torch.save({name: stack.weights(0)}, out / "adapters0.pt")
+    torch.save(critic.state_dict(), out / "critic.pt")
 
 
 def take_step(optimizer: torch.optim.Optimizer, gradient: Sequence[Tensor]) -> None:
@@ -266,9 +240,10 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
     training = training.some(torch.arange(len(training.last))[rank::world])
     torch.manual_seed(args.seed)  # the same adapters and critic in all processes
     stack = Stack(base, 1, inputs["rank"], cpu, inputs["output_layer"])
+    critic = Critic(base.norm.shape[0], length, len(base.output))
     if args.begin:
         begin_at(stack, name, torch.load(args.begin / "adapters0.pt"))
-    critic = Critic(base.norm.shape[0], length, len(base.output))
+        critic.load_state_dict(torch.load(args.begin / "critic.pt"))
     torch.manual_seed(args.seed * world + rank)
 
     def say(text: str, **figures: Any) -> None:
@@ -281,11 +256,6 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
         base, unseen, *judge_of(base, score, unseen, log_cdfs, length, end, args.at_once), end, args.at_once
     )
     say("sampled the reference", responses=responses.shape[0] * responses.shape[1])
-    losses = []
-    for done, loss in fit(critic, base, judge, training, responses, end):
-        losses.append(loss)
-        if len(losses) % 200 == 0:
-            say("critic", done=round(done, 2), loss=round(torch.stack(losses[-200:]).mean().item(), 4))
     teacher = Teacher(base, judge, next_rewards, critic, end)
     optimizer = torch.optim.Adam(stack.leaves, lr=0.0, betas=(0.9, 0.99))
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0.0, weight_decay=1e-3)
@@ -304,7 +274,7 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
             found, of_critic = both_losses(teacher, stack, training, own.some(rows, picked))
             pace = min(step / 50, 1) * (0.5 + 0.5 * math.cos(math.pi * spent))
             optimizer.param_groups[0]["lr"] = args.learning_rate * pace
-            critic_optimizer.param_groups[0]["lr"] = REFINE * pace
+            critic_optimizer.param_groups[0]["lr"] = RATE * pace
             take_step(optimizer, torch.autograd.grad(found[0], stack.leaves))
             take_step(critic_optimizer, torch.autograd.grad(of_critic, list(critic.parameters())))
             step, seen = step + 1, seen + world * picked.numel()
@@ -313,13 +283,13 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
                 figures = {"taught": round(1 - (kls[0] / kls[1]).item(), 4), **held_out.figures(stack.merged(base, 0))}
                 history.append({"step": step, **figures})
                 say("trained", seen=seen, **figures)
-                torch.save({name: stack.weights(0)}, out / "adapters0.pt")
+                store(out, name, stack, critic)
                 shown += 1 / 4
     if rank > 0:
         return
     final = held_out.figures(stack.merged(base, 0))
     say("done", seen=seen, **final)
-    torch.save({name: stack.weights(0)}, out / "adapters0.pt")
+    store(out, name, stack, critic)
     figures = {"seconds": args.seconds, "processes": world, "policies": [name], "steps": step, "seen": seen}
     about = figures | {"held_out": [final["explained"]], "last": final, "history": history}
     (out / "log.json").write_text(json.dumps(about))
@@ -327,11 +297,10 @@ def train(inputs: dict[str, Any], name: str, out: Path, args: argparse.Namespace
 
 
 def groups(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Steps of GROUPS prompts [g] of so many, with TOGETHER of their responses [g, n]; PASSES times all."""
+    """Steps of GROUPS prompts [g] of so many, with TOGETHER of their responses [g, n], each response once."""
     each = SAMPLES // TOGETHER
-    for _ in range(PASSES):
-        for some in torch.randperm(count * each).split(GROUPS):
-            yield some // each, (some % each)[:, None] * TOGETHER + torch.arange(TOGETHER)
+    for some in torch.randperm(count * each).split(GROUPS):
+        yield some // each, (some % each)[:, None] * TOGETHER + torch.arange(TOGETHER)
 
 
 def main() -> None:
@@ -340,7 +309,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--policy", help="its name; the first without")
-    parser.add_argument("--begin", type=Path, help="folder of an earlier policy, of any KL; the reference without")
+    parser.add_argument("--begin", type=Path, help="folder of an earlier one, of any KL; the reference without")
     parser.add_argument("--seconds", type=float, default=3600, help="for so long, with what comes before training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--at-once", type=int, default=8192, help="responses that are sampled together")

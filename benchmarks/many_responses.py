@@ -184,7 +184,8 @@ def train(inputs: dict[str, Any], out: Path, args: argparse.Namespace) -> None:
     began, step, history, shown, next_round = time.perf_counter(), 0, [], 0.0, next(rounds, math.inf)
     while (spent := (time.perf_counter() - began) / (start + args.seconds - began)) < 1:
         if spent >= next_round:
-            policies = [stack.merged(exact, number) for number in range(count)]
+            with torch.no_grad():
+                policies = [stack.merged(exact, number) for number in range(count)]
             put_own_samples(responses, targets, policies, score, training, rewards[:, 1:], log_cdfs, end, args.at_once)
             blocks = blocks_of(responses, inputs["widths"])
             shares.copy_(torch.tensor([block.share for block in blocks]))

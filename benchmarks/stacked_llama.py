@@ -215,16 +215,15 @@ class Stack:
         }
 
     def merged(self, llama: Llama, policy: int) -> Llama:
-        """The base with a policy's adapter added to its weights."""
+        """The base with a policy's adapter added to its weights, which have gradients with respect to it."""
         blocks = [
-            block
-            | {name: block[name] + (b[policy] @ a[policy]).detach().to(llama.dtype) for name, (a, b) in own.items()}
+            block | {name: block[name] + (b[policy] @ a[policy]).to(llama.dtype) for name, (a, b) in own.items()}
             for block, own in zip(llama.blocks, self.adapters.blocks, strict=True)
         ]
         if self.adapters.output is None:
             return replace(llama, blocks=blocks)
         a, b = self.adapters.output
-        return replace(llama, blocks=blocks, output=llama.output + (b[policy] @ a[policy]).detach())
+        return replace(llama, blocks=blocks, output=llama.output + b[policy] @ a[policy])
 
     def step(self, loss: Tensor, pace: Tensor, correction: Tensor) -> None:
         """A step of Adam, gradients clipped policy by policy. pace: the rate over 1 − β₁ᵗ; correction: 1 − β₂ᵗ."""
@@ -282,7 +281,9 @@ def sample(llama: Llama, prompts: Tensor, lengths: Tensor, last: Tensor, count: 
             mixed = mixed + (shares[..., None, width:] @ values[:, :, : step + 1])[:, :, 0]
             x = _feed_forward(x + _linear(mixed.flatten(1), LINEAR[3], block, None), block, None, llama.eps)
         logits = F.rms_norm(x, (x.shape[-1],), llama.norm, llama.eps) @ llama.output.T
-        token = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # the multinomial, in one go
+        up_to = logits.softmax(-1).cumsum(-1)
+        drawn_at = torch.rand(rows, 1, device=device) * up_to[:, -1:]
+        token = torch.searchsorted(up_to, drawn_at, right=True)[:, 0].clamp(max=up_to.shape[1] - 1)
         drawn[:, step] = torch.where(running, token, -1)
         running &= token != end
     return drawn.view(groups, count, length)

@@ -119,31 +119,17 @@ def distances(guided, teacher, prompts, row):
     return *((one.exp() * (one - optimal)).sum().item() for one in (reference, ours)), lines
 
 
-def test_the_teacher_is_near_the_optimal_policy(guided, inputs, monkeypatch):
-    """By enumeration: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); it is exact where nothing follows."""
-    monkeypatch.setattr(guided, "EPOCHS", 80)
-    base, prompts, judge, responses = laid_out(guided, inputs)
-    critic = guided.Critic(16, 4, 9)
-    losses = [loss.item() for _, loss in guided.fit(critic, base, judge, prompts, responses, 1)]
-    assert np.mean(losses[-50:]) < np.mean(losses[:10])
-    next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
-    row = 1
-    far, near, lines = distances(guided, guided.Teacher(base, judge, next_rewards, critic, 1), prompts, row)
-    assert far > 1 and near < 0.1 * far
-    last = (2, 3, 6)  # the ratios of the last token's probabilities are those of f
-    own, theirs = lines[last]
-    known = judge.log_f(torch.tensor(next_rewards(last))[None], torch.tensor([row]))[0].clamp(min=guided.FLOOR)
-    assert torch.allclose(own, (theirs + known).log_softmax(0), atol=1e-5)
+def test_the_teacher_comes_near_the_optimal_policy(guided, inputs):
+    """From nothing but its own next values and f where responses end, at samples of a policy that stays as it is.
 
-
-def test_the_critic_learns_from_itself_what_f_at_the_end_says(guided, inputs):
-    """From nothing but its own next values and f where responses end, at samples of a policy that stays as it is."""
+    By enumeration: KL(teacher ‖ π*) is a small part of KL(π_ref ‖ π*); it is exact where nothing follows.
+    """
     base, prompts, judge, _ = laid_out(guided, inputs)
     critic, next_rewards = guided.Critic(16, 4, 9), guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
-    teacher = guided.Teacher(base, judge, next_rewards, critic, 1)
+    teacher, row = guided.Teacher(base, judge, next_rewards, critic, 1), 1
     stack = guided.Stack(base, 1, 8, torch.device("cpu"), True)
     optimizer, steps = torch.optim.AdamW(critic.parameters(), weight_decay=1e-3), 400
-    far, before, _ = distances(guided, teacher, prompts, 1)
+    far, before, _ = distances(guided, teacher, prompts, row)
     for step in range(steps):
         if step % 40 == 0:
             with torch.no_grad():
@@ -151,8 +137,12 @@ def test_the_critic_learns_from_itself_what_f_at_the_end_says(guided, inputs):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         _, of_critic = guided.both_losses(teacher, stack, prompts, own)
         guided.take_step(optimizer, torch.autograd.grad(of_critic, list(critic.parameters())))
-    after = distances(guided, teacher, prompts, 1)[1]
-    assert after < 0.1 * far < before
+    _, after, lines = distances(guided, teacher, prompts, row)
+    assert far > 1 and after < min(0.03 * far, 0.3 * before)
+    last = (2, 3, 6)  # the ratios of the last token's probabilities are those of f
+    own, theirs = lines[last]
+    known = judge.log_f(torch.tensor(next_rewards(last))[None], torch.tensor([row]))[0].clamp(min=guided.FLOOR)
+    assert torch.allclose(own, (theirs + known).log_softmax(0), atol=1e-5)
 
 
 def test_the_critic_is_asked_about_the_last_token_of_each_prefix(guided, inputs, monkeypatch):
@@ -167,7 +157,6 @@ def test_the_critic_is_asked_about_the_last_token_of_each_prefix(guided, inputs,
 
     next_rewards = guided.NextRewards(WEIGHTS, ["", "", *TEXTS[2:]])
     teacher = guided.Teacher(base, judge, next_rewards, Recorder(16, 4, 9), 1)
-    monkeypatch.setattr(guided, "SHARE", 1.1)
     own = guided.own_samples(base, teacher, prompts, torch.tensor([2, 0]), 4)
     guided.both_losses(teacher, guided.Stack(base, 1, 8, torch.device("cpu"), True), prompts, own)
     expected = []
@@ -199,30 +188,14 @@ def test_the_critic_bends_with_the_reward_and_is_the_same_at_one_token_and_at_al
         assert torch.allclose(single[:, 0], found[:, token], atol=1e-5)
 
 
-def test_the_critic_learns_from_each_open_prefix_and_the_token_behind_it(guided, inputs, monkeypatch):
-    base, prompts, judge, responses = laid_out(guided, inputs)
+def test_rewards_of_prefixes_are_those_of_their_texts(guided, inputs):
+    _, prompts, judge, responses = laid_out(guided, inputs)
     found = guided.prefix_rewards(judge.score, prompts, responses[:, :6])
-    score = importlib.import_module("benchmarks.hh_rewards").features
+    features = importlib.import_module("benchmarks.hh_rewards").features
     for row, number, place in np.ndindex(4, 6, 5):
         text = decoded(responses[row, number, :place].tolist())
-        expected = sum(WEIGHTS.get(one, 0.0) for one in score(text))
+        expected = sum(WEIGHTS.get(one, 0.0) for one in features(text))
         assert found[row, number, place].item() == pytest.approx(expected, abs=1e-6)
-
-    seen = []
-
-    class Recorder(guided.Critic):
-        def forward(self, hidden, places, now, then, tokens):
-            seen.append((places, now, then[:, 0], tokens))
-            return super().forward(hidden, places, now, then, tokens)
-
-    monkeypatch.setattr(guided, "EPOCHS", 1)
-    monkeypatch.setattr(guided, "standard", lambda judge, rewards, chosen: rewards)
-    monkeypatch.setattr(guided, "prefix_rewards", lambda *rest: torch.arange(5.0).expand(4, 256, 5))
-    assert len(list(guided.fit(Recorder(16, 4, 9), base, judge, prompts, responses, 1))) == 4
-    places, now, then, tokens = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    assert torch.equal(now, places.float()) and torch.equal(then, places + 1.0)
-    assert set(places.tolist()) == {0, 1, 2}  # behind the fourth token nothing follows
-    assert set(tokens.tolist()) == {0, *range(2, 9)}  # and nothing behind the end
 
 
 def test_what_the_critic_says_is_on_the_scale_of_f(guided, inputs):
@@ -243,11 +216,10 @@ def test_steps_go_through_all_own_samples(guided):
     for rows, picked in guided.groups(6):
         assert picked.shape == (len(rows), guided.TOGETHER)
         seen.update((row, one) for row, own in zip(rows.tolist(), picked.tolist(), strict=True) for one in own)
-    assert seen == dict.fromkeys(itertools.product(range(6), range(guided.SAMPLES)), guided.PASSES)
+    assert seen == dict.fromkeys(itertools.product(range(6), range(guided.SAMPLES)), 1)
 
 
 def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(guided, "EPOCHS", 20)
     ticks = itertools.count(step=0.1)
     monkeypatch.setattr(guided, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     args = argparse.Namespace(seconds=60, learning_rate=1e-2, at_once=1024, seed=0, begin=None)
@@ -281,15 +253,15 @@ def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monk
             critics.append((self, self.tokens.detach().clone()))
 
     monkeypatch.setattr(guided, "Critic", Kept)
-    monkeypatch.setattr(guided, "EPOCHS", 0)
     again = argparse.Namespace(**vars(args) | {"seconds": 3, "begin": tmp_path})
     (tmp_path / "again").mkdir()
     guided.train(inputs, inputs["policies"][0], tmp_path / "again", again)
     begun = json.loads((tmp_path / "again" / "log.json").read_text())["history"][0]
     assert begun["kl"] == pytest.approx(last["kl"], abs=0.1)
     assert begun["explained"] == pytest.approx(last["explained"], abs=0.02)
-    ((critic, before),) = critics  # which `fit` taught nothing: it learns while the policy does
-    assert not torch.equal(critic.tokens, before)
+    ((critic, made),) = critics  # it begins where that of the policy ended, and learns while the policy does
+    stored = torch.load(tmp_path / "critic.pt")["tokens"]
+    assert 0 < (critic.tokens - stored).norm() < 0.5 * (critic.tokens - made).norm()
 
 
 def test_two_processes_train_one_policy(inputs, tmp_path):

@@ -61,6 +61,8 @@ def test_many_policies_at_once_have_the_log_probs_of_each_alone(many, output_lay
     for number in range(3):
         merged = module.log_probs(stack.merged(llama, number), batch, wanted, None)[0]
         assert (merged - found[number]).abs().max() < 1e-4
+        slopes = (torch.autograd.grad(one.sum(), stack.leaves, retain_graph=True) for one in (merged, found[number]))
+        assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(*slopes, strict=True))
         own = stack.weights(number)
         weights = {f"base_model.model.{name}.default.weight": value for name, value in own.items()}
         assert not policy.load_state_dict(weights, strict=False).unexpected_keys
