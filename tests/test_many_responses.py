@@ -300,7 +300,7 @@ def test_own_samples_are_judged_by_what_their_tokens_cost(many, on_policy):
     table = module.log_cdf(form.log_mean_density(edges[:-1], edges[1:]))[None]
     rewards = samples.draw(plain, score, laid, 64, 6, 1, 64)[1]
     judge, critic, chosen = on_policy.Judge(score, rewards, table), on_policy.Critic(), torch.tensor([2, 0])
-    among = samples.Prompts(laid.tokens[chosen], laid.lengths[chosen], laid.last[chosen])
+    among = laid.some(chosen)  # padded alike: ranks of equal responses hang on a reward's last digit
     for number in range(2):
         drawn = on_policy.draw_own(policy, plain, judge, critic, laid, chosen, 6, 1)
         wanted, live = drawn.responses.long(), drawn.responses >= 0
