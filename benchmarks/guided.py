@@ -122,19 +122,6 @@ def standard(judge: Judge, rewards: Tensor, chosen: Tensor) -> Tensor:
     return ((rewards - own.mean(1, keepdim=True)) / own.std(1, keepdim=True)).float()
 
 
-# --- The critic -----------------------------------------------------------------------------------------------------
-
-
-def prefix_rewards(score: Rewards, prompts: Prompts, responses: Tensor) -> Tensor:
-    """Rewards [G, M, R + 1] of the first 0 to R tokens of responses [G, M, R], as if they were whole."""
-    found = []
-    for place in range(responses.shape[2] + 1):
-        prefix = responses.clone()
-        prefix[..., place:] = -1
-        found.append(score(prompts, prefix))
-    return torch.stack(found, dim=-1)
-
-
 # --- The policy -----------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +150,16 @@ def own_samples(policy: Llama, teacher: Teacher, prompts: Prompts, chosen: Tenso
     rows = torch.cat(responses)
     prefixes = prefix_rewards(teacher.judge.score, prompts.some(chosen), rows)
     return Own(chosen, rows, torch.cat(hidden), standard(teacher.judge, prefixes.flatten(1), chosen).view_as(prefixes))
+
+
+def prefix_rewards(score: Rewards, prompts: Prompts, responses: Tensor) -> Tensor:
+    """Rewards [G, M, R + 1] of the first 0 to R tokens of responses [G, M, R], as if they were whole."""
+    found = []
+    for place in range(responses.shape[2] + 1):
+        prefix = responses.clone()
+        prefix[..., place:] = -1
+        found.append(score(prompts, prefix))
+    return torch.stack(found, dim=-1)
 
 
 def both_losses(teacher: Teacher, stack: Stack, prompts: Prompts, own: Own) -> tuple[Tensor, Tensor]:
