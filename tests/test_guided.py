@@ -239,10 +239,12 @@ def test_a_policy_learns_from_the_teacher(guided, inputs, tmp_path, capsys, monk
 
     base = guided.Llama.of(*inputs["base"].values(), torch.float32, torch.device("cpu"))
     stack = guided.Stack(base, 1, 8, torch.device("cpu"), True)
-    guided.begin_at(stack, "optimal worst_of(4) 2", torch.load(tmp_path / "adapters0.pt"))  # four times the nats
-    begun = stack.weights(0)
-    assert begun.keys() == stored.keys()
-    assert all(torch.allclose(begun[part], (2 if "lora_B" in part else 1) * own) for part, own in stored.items())
+    for kl, factor in ((0.125, 0.5), (2, 1)):  # a quarter of the nats; and four times as many, which is not scaled to
+        guided.begin_at(stack, f"optimal worst_of(4) {kl}", torch.load(tmp_path / "adapters0.pt"))
+        begun = stack.weights(0)
+        assert begun.keys() == stored.keys()
+        factors = {part: factor if "lora_B" in part else 1 for part in stored}
+        assert all(torch.allclose(begun[part], factors[part] * own) for part, own in stored.items())
     assert stack.adapters.output[1].abs().sum() > 0  # what the products have is what was read
 
     critics = []
